@@ -1,0 +1,61 @@
+"""A workbench for experiments on small language models: synthesize, fine-tune, intervene, evaluate.
+
+`import workbench as wb` is quick: a name loads its module, and torch with it, when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from workbench.evaluate import Results, evaluate, load_results
+    from workbench.finetune import finetune
+    from workbench.generate import Generation
+    from workbench.interventions import KV, Adapter, Intervention, Residual, extract, load_intervention, random_like
+    from workbench.models import LM, ModelError, load_model
+    from workbench.prompts import Pairs, Strategy, contrast, few_shot, instruction
+    from workbench.records import Data, load_data
+    from workbench.synthesis import synthesize
+    from workbench.tasks import Task, Verdict, load_task, task_names
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "workbench.evaluate": ("Results", "evaluate", "load_results"),
+    "workbench.finetune": ("finetune",),
+    "workbench.generate": ("Generation",),
+    "workbench.interventions": (
+        "KV",
+        "Adapter",
+        "Intervention",
+        "Residual",
+        "extract",
+        "load_intervention",
+        "random_like",
+    ),
+    "workbench.models": ("LM", "ModelError", "load_model"),
+    "workbench.prompts": ("Pairs", "Strategy", "contrast", "few_shot", "instruction"),
+    "workbench.records": ("Data", "load_data"),
+    "workbench.synthesis": ("synthesize",),
+    "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_MODULES = ("plots", "runs", "statistics", "report")
+
+__all__ = [
+    "KV", "LM", "Adapter", "Data", "Generation", "Intervention", "ModelError", "Pairs", "Residual", "Results", "Strategy",
+    "Task", "Verdict", "contrast", "evaluate", "extract", "few_shot", "finetune", "instruction", "load_data",
+    "load_intervention", "load_model", "load_results", "load_task", "plots", "random_like", "report", "runs", "statistics",
+    "synthesize", "task_names",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(import_module(_HOME_OF[name]), name)
+    if name in _MODULES:
+        return import_module(f"workbench.{name}")
+    raise AttributeError(f"workbench has no {name!r}. It has: {', '.join(__all__)}.")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

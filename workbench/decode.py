@@ -1,0 +1,246 @@
+"""The decode loop of one batch: prefill with left padding, then one token a row and step, until every row is finished.
+
+`generate` sorts prompts into batches and calls this; nothing here knows about prompts as text beyond stop strings.
+"""
+
+import inspect
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from workbench.cache import GrowingLayer, new_cache
+from workbench.interventions.session import Session
+from workbench.models import LM, ModelError
+
+SHARED_PREFIX = 16  # shorter common beginnings are not worth a forward of their own
+COMPACT_BELOW = (
+    0.75  # share of rows still running below which finished ones leave the batch: each time copies the cache
+)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen: temperature 0 is greedy, else a sample from the most likely `top_p` of the mass."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ModelError(f"max_new_tokens={self.max_new_tokens}: at least 1 is needed.")
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ModelError(
+                f"temperature={self.temperature}, top_p={self.top_p}: temperature is 0 or more, top_p above 0 and at "
+                "most 1."
+            )
+        if "" in self.stop:
+            raise ModelError("stop holds an empty string, which every text contains. Leave it out.")
+
+
+@dataclass
+class Row:
+    """A prompt on its way: `place` is its number in the session, `new` the tokens so far."""
+
+    number: int
+    place: int
+    prompt: list[int]
+    seed: int
+    new: list[int] = field(default_factory=list)
+    finished: bool = False
+    seconds: float = 0.0
+    passes: int = 0
+
+
+@dataclass
+class _State:
+    """Tensors of the running rows; `mask` is None while nothing is padded, which is quicker."""
+
+    ids: Int[Tensor, "rows seq"]
+    places: Int[Tensor, "rows seq"]
+    mask: Int[Tensor, "rows total"] | None
+    cache: DynamicCache
+
+    def advance(self, token: Int[Tensor, " rows"]) -> None:
+        self.ids, self.places = token[:, None], self.places[:, -1:] + 1
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, torch.ones_like(self.ids)], dim=1)
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        self.ids, self.places = self.ids[rows], self.places[rows]
+        self.mask = None if self.mask is None else self.mask[rows]
+        self.cache.batch_select_indices(rows)
+
+
+def decode(lm: LM, session: Session, rows: Sequence[Row], decoding: Decoding) -> None:
+    """Fill in `new`, `finished`, `seconds` and `passes` of every row."""
+    start, total = time.perf_counter(), len(rows)
+    for row in rows:
+        row.new, row.finished, row.passes = [], False, 0
+    session.select([row.place for row in rows])
+    chooser = _Chooser(lm, rows, decoding)
+    state, shared = _start(lm, session, rows)
+    extra = {"logits_to_keep": 1} if takes_last_only(lm) else {}
+    passes = 1 + shared + bool(session.kv)  # a KV edit runs the prompt in two parts
+    running = list(rows)
+    for step in range(decoding.max_new_tokens):
+        output = lm.model(
+            input_ids=state.ids,
+            attention_mask=state.mask,
+            position_ids=state.places,
+            past_key_values=state.cache,
+            use_cache=True,
+            **extra,
+        )
+        token = chooser.choose(output.logits[:, -1].float(), step)
+        seconds = (time.perf_counter() - start) / total
+        for row, number in zip(running, token.tolist(), strict=True):
+            if not row.finished:
+                row.new.append(number)
+                row.finished = number in chooser.ends or _stopped(lm, row.new, decoding.stop)
+                row.passes, row.seconds = passes + step, seconds
+        kept = [place for place, row in enumerate(running) if not row.finished]
+        if not kept:
+            return
+        state.advance(token)
+        if len(kept) <= COMPACT_BELOW * len(running):
+            chosen = torch.tensor(kept, device=lm.device)
+            running = [running[place] for place in kept]
+            state.keep(chosen)
+            chooser.keep(chosen)
+            session.select([row.place for row in running])
+
+
+def _start(lm: LM, session: Session, rows: Sequence[Row]) -> tuple[_State, bool]:
+    """The first forward's tensors; a common beginning is already in the cache, computed once for all rows."""
+    prompts = [row.prompt for row in rows]
+    cache = new_cache(lm)
+    prefix = _sharable(lm, session, prompts, cache)
+    if prefix:
+        session.paused = True
+        try:
+            lm.base(
+                input_ids=torch.tensor([prompts[0][:prefix]], device=lm.device), past_key_values=cache, use_cache=True
+            )
+        finally:
+            session.paused = False
+        cache.batch_repeat_interleave(len(rows))
+    width = max(map(len, prompts)) - prefix
+    ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id or 0)
+    mask = torch.zeros_like(ids)
+    for number, prompt in enumerate(prompts):
+        rest = prompt[prefix:]
+        ids[number, width - len(rest) :] = torch.tensor(rest)
+        mask[number, width - len(rest) :] = 1
+    places = (mask.cumsum(1) - 1).clamp(min=0) + prefix
+    full = torch.cat([torch.ones(len(rows), prefix, dtype=torch.long), mask], dim=1)
+    padded = None if mask.all() else full.to(lm.device)
+    return _State(ids.to(lm.device), places.to(lm.device), padded, cache), bool(prefix)
+
+
+def _sharable(lm: LM, session: Session, prompts: Sequence[Sequence[int]], cache: DynamicCache) -> int:
+    """How many first tokens all rows share and may compute once: exact only if nothing intervenes on them.
+
+    The last two tokens always stay out: a KV edit and the `last` span fall on them. Sliding caches count columns,
+    padding included, and rotary variants that depend on the length change with it: neither is shared.
+    """
+    if len(prompts) < 2 or any(span not in ("last", "generated") for span in session.spans):
+        return 0
+    if any(not isinstance(layer, GrowingLayer) for layer in cache.layers):
+        return 0
+    rope = getattr(lm.model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type", "default") in ("dynamic", "longrope"):
+        return 0
+    first, most = prompts[0], min(map(len, prompts)) - 2
+    shared = 0
+    while shared < most and all(prompt[shared] == first[shared] for prompt in prompts):
+        shared += 1
+    return shared if shared >= SHARED_PREFIX else 0
+
+
+class _Chooser:
+    """Next tokens of the running rows, and which of them end a row."""
+
+    def __init__(self, lm: LM, rows: Sequence[Row], decoding: Decoding) -> None:
+        self.decoding = decoding
+        self.ends = end_tokens(lm)
+        self.draws = torch.empty(0)
+        if (
+            decoding.temperature > 0
+        ):  # a stream of its own for every row, on the CPU: the same on every device and in every batch
+            streams = [torch.Generator().manual_seed(row.seed % 2**63) for row in rows]
+            self.draws = torch.stack([torch.rand(decoding.max_new_tokens, generator=stream) for stream in streams]).to(
+                lm.device
+            )
+        self.penalty = lm.model.generation_config.repetition_penalty or 1.0
+        self.seen = torch.zeros(0)
+        if self.penalty != 1.0:
+            self.seen = torch.zeros(
+                len(rows), lm.model.get_output_embeddings().weight.shape[0], dtype=torch.bool, device=lm.device
+            )
+            for number, row in enumerate(rows):
+                self.seen[number, torch.tensor(row.prompt, device=lm.device)] = True
+
+    def choose(self, logits: Float[Tensor, "rows vocabulary"], step: int) -> Int[Tensor, " rows"]:
+        if self.penalty != 1.0:  # CTRL, arXiv 1909.05858, as transformers applies it
+            logits = torch.where(
+                self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits
+            )
+        if self.decoding.temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            token = sample(logits / self.decoding.temperature, self.draws[:, step], self.decoding.top_p)
+        if self.penalty != 1.0:
+            self.seen.scatter_(1, token[:, None], True)
+        return token
+
+    def keep(self, rows: Int[Tensor, " kept"]) -> None:
+        if len(self.draws):
+            self.draws = self.draws[rows]
+        if len(self.seen):
+            self.seen = self.seen[rows]
+
+
+def sample(
+    logits: Float[Tensor, "rows vocabulary"], draws: Float[Tensor, " rows"], top_p: float = 1.0
+) -> Int[Tensor, " rows"]:
+    """One token a row from the smallest set of tokens with probability `top_p` (nucleus sampling, arXiv 1904.09751).
+
+    draws: uniform in [0, 1), one a row; the same draw and logits give the same token.
+    >>> sample(torch.tensor([[0.0, 10.0], [10.0, 0.0]]), torch.tensor([0.5, 0.5])).tolist()
+    [1, 0]
+    """
+    probability, order = logits.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    inside = probability.cumsum(-1) - probability < top_p
+    cumulative = (probability * inside).cumsum(-1)
+    target = draws[:, None] * cumulative[:, -1:]
+    place = (cumulative <= target).sum(-1).clamp(max=inside.sum(-1) - 1)
+    return order.gather(1, place[:, None]).squeeze(1)
+
+
+def end_tokens(lm: LM) -> frozenset[int]:
+    """Tokens that end a row: the generation config's, else the tokenizer's."""
+    listed: Any = lm.model.generation_config.eos_token_id
+    if listed is None:
+        listed = lm.tokenizer.eos_token_id
+    return frozenset(() if listed is None else [listed] if isinstance(listed, int) else listed)
+
+
+def takes_last_only(lm: LM) -> bool:
+    """Whether the model can leave out the logits of all but the last token."""
+    return "logits_to_keep" in inspect.signature(type(lm.model).forward).parameters
+
+
+def _stopped(lm: LM, new: list[int], stop: tuple[str, ...]) -> bool:
+    if not stop:
+        return False
+    reach = max(map(len, stop)) + 8  # a token holds a character or more, and a few may be without any
+    tail = lm.tokenizer.decode(new[-reach:], skip_special_tokens=True)
+    return any(word in tail for word in stop)

@@ -1,0 +1,310 @@
+"""Conditions x task -> one row per question and condition; every table is made from those rows, never the other way round.
+
+A condition is a list of what differs from the plain model: interventions, adapters, at most one prompt `Strategy`.
+All conditions answer the same questions, so that every difference is paired. Not covered: log-likelihood scoring,
+judges, several samples a question. Statistics follow `workbench.statistics`.
+"""
+
+import json
+import re
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import torch
+
+from workbench.files import content_key, sha256, write_atomic
+from workbench.generate import Generation
+from workbench.interventions import Adapter, Intervention
+from workbench.models import LM
+from workbench.progress import heartbeat
+from workbench.prompts import Strategy
+from workbench.statistics import Comparison, bootstrap_mean, holm, minimum_detectable_effect, paired_difference, wilson
+from workbench.tasks import Task
+
+Condition = Intervention | Strategy | Sequence[Intervention | Strategy]
+_EQUATION = re.compile(r"\d\s*[-+*/×÷]\s*\d+\s*=\s*-?\d")
+
+
+def shows_steps(text: str) -> bool:
+    """Whether an answer works something out: it holds at least one written equation.
+
+    >>> shows_steps("34+27=61. The answer is 61."), shows_steps("The answer is 61.")
+    (True, False)
+    """
+    return _EQUATION.search(text) is not None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Per-question rows and the cost of each condition.
+
+    rows: id, condition, prompt, output, extracted, correct, unparsed, steps, tokens_in, tokens_out, seconds,
+    forward_passes, task. costs: by condition, seconds (wall clock), peak_memory_mb, model_calls.
+    """
+
+    rows: pd.DataFrame
+    costs: dict[str, dict[str, float]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conditions(self) -> list[str]:
+        """Names of the conditions, in the order given to `evaluate`."""
+        return list(self.costs)
+
+    def table(self, level: float = 0.95) -> pd.DataFrame:
+        """One row a condition: accuracy with its Wilson interval, share of answers with steps, cost.
+
+        tokens_in and tokens_out are means a question; tokens_out has a bootstrap interval; seconds are wall clock for
+        all n; peak_memory_mb is the process's (or the GPU's) peak while the condition ran.
+        """
+        lines = []
+        for name, group in self.rows.groupby("condition", sort=False):
+            accuracy = wilson(int(group.correct.sum()), len(group), level)
+            style = wilson(int(group.steps.sum()), len(group), level)
+            length = bootstrap_mean(group.tokens_out.to_numpy(float), level=level)
+            line = {
+                "condition": name,
+                "n": len(group),
+                "accuracy": accuracy.estimate,
+                "low": accuracy.low,
+                "high": accuracy.high,
+            }
+            line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
+            line |= {"unparsed": float(group.unparsed.mean()), "tokens_in": float(group.tokens_in.mean())}
+            line |= {"tokens_out": length.estimate, "tokens_low": length.low, "tokens_high": length.high}
+            lines.append(line | self.costs[str(name)])
+        return pd.DataFrame(lines)
+
+    def correct(self, condition: str) -> pd.Series:
+        """Right or wrong by question id, for one condition."""
+        if condition not in self.costs:
+            raise ValueError(f"No condition {condition!r} in these results. Conditions: {', '.join(self.conditions)}.")
+        return self.rows[self.rows.condition == condition].set_index("id").correct
+
+    def compare(self, a: str, b: str, level: float = 0.95) -> Comparison:
+        """The paired difference in accuracy, b - a: interval, exact McNemar p-value, n; see `paired_difference`."""
+        first, second = self.correct(a), self.correct(b)
+        return paired_difference(first.tolist(), second.loc[first.index].tolist(), level)
+
+    def comparisons(self, baseline: str | None = None, level: float = 0.95) -> pd.DataFrame:
+        """Every other condition against `baseline` (default: the first), with p-values corrected by Holm over the family.
+
+        `detectable` is the smallest difference that this n would have shown with 80 % power, at the discordance seen.
+        """
+        baseline = baseline or self.conditions[0]
+        others = [name for name in self.conditions if name != baseline]
+        found = [self.compare(baseline, name, level) for name in others]
+        corrected = holm([c.p_value for c in found]) if found else []
+        lines = []
+        for name, comparison, adjusted in zip(others, found, corrected, strict=True):
+            seen = max(comparison.discordant, 1) / comparison.n
+            line = {"a": baseline, "b": name, **asdict(comparison), "p_holm": adjusted}
+            lines.append(line | {"detectable": minimum_detectable_effect(comparison.n, discordant_rate=seen)})
+        return pd.DataFrame(lines)
+
+    def save(self, folder: Path) -> None:
+        """Write rows.jsonl and costs.json; `load_results` reads them."""
+        write_atomic(folder / "rows.jsonl", self.rows.to_json(orient="records", lines=True, force_ascii=False))
+        write_atomic(folder / "costs.json", json.dumps({"costs": self.costs, "about": self.about}, indent=1))
+
+
+def load_results(folder: str | Path) -> Results:
+    """Results that `evaluate(..., out=folder)` left."""
+    folder = Path(folder)
+    if not (folder / "rows.jsonl").exists():
+        raise ValueError(
+            f"{folder} holds no results (rows.jsonl is missing). Make them: wb.evaluate(..., out={str(folder)!r})."
+        )
+    rows = pd.read_json(folder / "rows.jsonl", lines=True, dtype={"extracted": object, "id": str})
+    stored = json.loads((folder / "costs.json").read_text())
+    return Results(rows, stored["costs"], stored["about"])
+
+
+def evaluate(
+    lm: LM,
+    task: Task,
+    conditions: Mapping[str, Condition],
+    *,
+    n: int | None = 200,
+    seed: int = 0,
+    split: str = "test",
+    batch_size: int | None = None,
+    max_new_tokens: int = 256,
+    out: str | Path | None = None,
+) -> Results:
+    """Answer the same n questions under every condition, greedily, and verify each answer.
+
+    Args:
+        conditions: name -> what differs from the plain model ([] for nothing).
+        n: questions; None takes the task's default.
+        seed: which sample of the split.
+        out: folder for the rows; a condition that is there already, with the same content key, is not run again.
+
+    Raises:
+        ValueError: no conditions, or one that holds something else than interventions and one strategy. ModelError:
+            an intervention that doesn't fit the model. Both before anything is generated.
+    """
+    planned = {name: _plan(name, condition) for name, condition in conditions.items()}
+    if not planned:
+        raise ValueError('No conditions to evaluate. Give at least one, for example {"plain": []}.')
+    for change, _ in planned.values():
+        if change is not None:
+            change.check(lm)
+    rows = task.rows(split, n=n, seed=seed)
+    folder = Path(out) if out is not None else None
+    parts, costs, done = [], {}, 0
+    for name, (change, strategy) in planned.items():
+        prompts = [lm.render(task.messages(row, strategy)) for row in rows]
+        asked = {"model": lm.revision, "quantization": lm.reasons.get("quantization", ""), "dtype": str(lm.model.dtype)}
+        key = content_key(prompts=prompts, change=fingerprint(change), limit=max_new_tokens, batch=batch_size, **asked)
+        answered = _stored(folder, name, key)
+        if answered is None:
+            tell = _teller(name, done, len(rows) * len(planned))
+            answered = _run(lm, task, rows, prompts, change, max_new_tokens, batch_size, tell)
+            _store(folder, name, key, answered)
+        done += len(rows)
+        parts.append(pd.DataFrame(answered["rows"]).assign(condition=name, task=task.name))
+        costs[name] = answered["cost"]
+    about = {"task": task.name, "parameters": task.parameters, "split": split, "seed": seed, "n": len(rows)}
+    about |= {"model": lm.name, "revision": lm.revision, "reasons": lm.reasons, "max_new_tokens": max_new_tokens}
+    results = Results(pd.concat(parts, ignore_index=True), costs, about)
+    if folder is not None:
+        results.save(folder)
+    return results
+
+
+def _plan(name: str, condition: Condition) -> tuple[Intervention | None, Strategy | None]:
+    """What a condition changes in the model (their sum), and how it prompts."""
+    items = [condition] if isinstance(condition, Intervention | Strategy) else list(condition)
+    wrong = [item for item in items if not isinstance(item, Intervention | Strategy)]
+    if wrong:
+        raise ValueError(
+            f"Condition {name!r} holds a {type(wrong[0]).__name__}. It may hold interventions (residual, kv, adapter) "
+            "and one Strategy; a vector becomes an intervention by v.at(layers=[3], positions='generated')."
+        )
+    strategies = [item for item in items if isinstance(item, Strategy)]
+    if len(strategies) > 1:
+        raise ValueError(f"Condition {name!r} holds {len(strategies)} prompt strategies: {strategies}. Keep one.")
+    changes = [item for item in items if isinstance(item, Intervention)]
+    total: Intervention | None = changes[0] if changes else None
+    for change in changes[1:]:
+        total = change + total
+    return total, strategies[0] if strategies else None
+
+
+def fingerprint(change: Intervention | None) -> str:
+    """A hash of what an intervention does: its numbers, and for adapters the weights that their path leads to."""
+    if change is None:
+        return "none"
+    hashes = []
+    for part in change.parts:
+        if isinstance(part, Adapter):
+            hashes.append(f"{part.strength}/{sha256(part.path / 'adapter_model.safetensors')}")
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                hashes.append(sha256(part.save(Path(folder) / "part.safetensors")))
+    return "+".join(hashes)
+
+
+def _run(
+    lm: LM,
+    task: Task,
+    rows: list[dict[str, Any]],
+    prompts: list[str],
+    change: Intervention | None,
+    limit: int,
+    batch_size: int | None,
+    tell: Callable[[int, int], None],
+) -> dict[str, Any]:
+    calls = 0
+
+    def count(module: Any, arguments: Any, output: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = lm.blocks[0].register_forward_hook(count)
+    began = time.perf_counter()
+    try:
+        with peak_memory(lm.device) as peak:
+            found = lm.generate(prompts, change, limit, batch_size=batch_size, progress=tell)
+    finally:
+        handle.remove()
+    seconds = time.perf_counter() - began
+    verdicts = task.verify_many(rows, [generation.text for generation in found])
+    lines = [_line(*each) for each in zip(rows, prompts, found, verdicts, strict=True)]
+    return {"rows": lines, "cost": {"seconds": seconds, "peak_memory_mb": peak(), "model_calls": calls}}
+
+
+def _line(row: dict[str, Any], prompt: str, found: Generation, verdict: Any) -> dict[str, Any]:
+    return {
+        "id": str(row["id"]),
+        "prompt": prompt,
+        "output": found.text,
+        "answer": str(row["answer"]),
+        "extracted": verdict.extracted,
+        "correct": bool(verdict.correct),
+        "unparsed": verdict.extracted is None,
+        "steps": shows_steps(found.text),
+        "tokens_in": found.tokens_in,
+        "tokens_out": found.tokens_out,
+        "seconds": found.seconds,
+        "forward_passes": found.forward_passes,
+    }
+
+
+@contextmanager
+def peak_memory(device: torch.device, every: float = 0.02) -> Iterator[Callable[[], float]]:
+    """Megabytes at the peak while the block runs: of the GPU's allocator, or of this process (sampled) on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) / 2**20
+        return
+    process, over = psutil.Process(), threading.Event()
+    most = [process.memory_info().rss]
+
+    def watch() -> None:
+        while not over.wait(every):
+            most[0] = max(most[0], process.memory_info().rss)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield lambda: most[0] / 2**20
+    finally:
+        over.set()
+        watcher.join()
+
+
+def _teller(name: str, before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, rows: heartbeat(f"evaluate {name}", before + done, total)
+
+
+def _file(folder: Path, name: str) -> Path:
+    return (
+        folder
+        / "conditions"
+        / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}-{content_key(name=name)[:6]}.json"
+    )
+
+
+def _stored(folder: Path | None, name: str, key: str) -> dict[str, Any] | None:
+    if folder is None or not _file(folder, name).exists():
+        return None
+    try:
+        stored = json.loads(_file(folder, name).read_text(encoding="utf-8"))
+    except ValueError:
+        return None  # cut off or damaged: run it again
+    return stored["answered"] if stored.get("key") == key else None
+
+
+def _store(folder: Path | None, name: str, key: str, answered: dict[str, Any]) -> None:
+    if folder is not None:
+        write_atomic(_file(folder, name), json.dumps({"key": key, "answered": answered}))

@@ -1,0 +1,180 @@
+"""Batched text generation under interventions: a plain decode loop over transformers' caches.
+
+Rows are independent: what a row gets does not depend on its neighbours in the batch, in greedy decoding, in sampling or
+under its own interventions. Does not do beam search or speculative decoding; of a model's generation config only the
+end tokens and the repetition penalty are followed, so greedy rows equal `model.generate(do_sample=False)` of each row
+alone.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+
+from workbench.decode import Decoding, Row, decode
+from workbench.models import LM, ModelError
+
+if TYPE_CHECKING:
+    from workbench.interventions import Intervention
+    from workbench.interventions.session import Session
+
+CPU_TOKENS = (
+    16_384  # prompt and new tokens of one batch on a CPU: beyond that the cache leaves the processor's own memory
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One row's continuation. token_ids keep the end token and a stop string's tokens, text leaves them out.
+
+    seconds: the batch's time up to this row's last token, divided by the batch's rows. forward_passes: those this row
+    took part in.
+    """
+
+    text: str
+    token_ids: list[int]
+    tokens_in: int
+    tokens_out: int
+    seconds: float
+    finished: bool
+    forward_passes: int
+
+
+def generate(
+    lm: LM,
+    prompts: Sequence[str | list[dict[str, str]]],
+    interventions: "Intervention | Sequence[Intervention | None] | None" = None,
+    decoding: Decoding | None = None,
+    *,
+    seed: int | Sequence[int] = 0,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """Continue every prompt, in input order.
+
+    prompts: finished strings (no tokens are added) or chat messages. interventions: one for all rows, or a list with
+    one (or None) a row; they come on top of those of an enclosing `lm.apply`. seed: one number (row i samples from a
+    stream of its own, seed and i) or one a row. batch_size: rows a batch; None packs rows of similar length by a token
+    budget. progress: called with rows done and rows in all.
+    """
+    from workbench.interventions.session import Session
+
+    decoding = decoding or Decoding()
+    if isinstance(prompts, str):
+        raise ModelError("prompts is one string. Give a list of prompts: [prompt].")
+    texts = [lm.encode(prompt) for prompt in prompts]
+    wanted = _one_a_row(interventions, len(texts))
+    seeds = [seed * 1_000_003 + row for row in range(len(texts))] if isinstance(seed, int) else list(seed)
+    if len(seeds) != len(texts):
+        raise ModelError(f"{len(seeds)} seeds for {len(texts)} prompts. Give one number, or one a prompt.")
+    _check_context(lm, texts, decoding)
+    results: dict[int, Generation] = {}
+    for members in _adapter_groups(lm, wanted):
+        with (
+            Session(lm, [wanted[row] for row in members], [len(texts[row]) for row in members]) as session,
+            torch.no_grad(),
+        ):
+            rows = [Row(number, place, texts[number], seeds[number]) for place, number in enumerate(members)]
+            for batch in _batches(rows, lm, decoding, batch_size):
+                for done in _with_halving(lm, session, batch, decoding):
+                    results.update(done)
+                    if progress is not None:
+                        progress(len(results), len(texts))
+    return [results[row] for row in range(len(texts))]
+
+
+def _one_a_row(interventions: Any, count: int) -> "list[Intervention | None]":
+    from workbench.interventions import Intervention
+
+    if interventions is None or isinstance(interventions, Intervention):
+        return [interventions] * count
+    rows = list(interventions)
+    if not rows:
+        return [None] * count
+    wrong = next((row for row in rows if row is not None and not isinstance(row, Intervention)), None)
+    if wrong is not None:
+        raise ModelError(f"interventions holds a {type(wrong).__name__}; every entry is an intervention or None.")
+    if len(rows) != count:
+        raise ModelError(
+            f"{len(rows)} interventions for {count} prompts. Give one for all (x, not [x]), or one (or None) a prompt."
+        )
+    return rows
+
+
+def _adapter_groups(lm: LM, rows: "Sequence[Intervention | None]") -> list[list[int]]:
+    """Row numbers that share their adapters, for an adapter changes the weights under the whole batch."""
+    from workbench.interventions import Adapter
+
+    groups: dict[tuple[Adapter, ...], list[int]] = {}
+    for number, row in enumerate(rows):
+        key = tuple(
+            part for part in (row.parts if row is not None else ()) if isinstance(part, Adapter) and part.strength != 0
+        )
+        groups.setdefault(key, []).append(number)
+    return list(groups.values())
+
+
+def _check_context(lm: LM, texts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+    limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, texts), default=0)
+    if limit is not None and longest + decoding.max_new_tokens > limit:
+        raise ModelError(
+            f"The longest prompt has {longest} tokens; with max_new_tokens={decoding.max_new_tokens} that is more "
+            f"than the {limit} positions of "
+            f"{lm.name!r}. Shorten the prompt (fewer shots) or ask for at most {max(limit - longest, 0)} new tokens."
+        )
+
+
+def _batches(rows: Sequence[Row], lm: LM, decoding: Decoding, batch_size: int | None) -> Iterator[list[Row]]:
+    """Rows of similar length together, longest first so that memory runs out early or not at all."""
+    order = sorted(rows, key=lambda row: -len(row.prompt))
+    budget = _token_budget(lm)
+    while order:
+        size = batch_size or max(1, budget // (len(order[0].prompt) + decoding.max_new_tokens))
+        yield order[:size]
+        order = order[size:]
+
+
+def _token_budget(lm: LM) -> int:
+    """Tokens of cache that a batch may fill: a constant on a CPU, half of the free memory on a GPU."""
+    config = lm.model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    bytes_a_token = 2 * len(lm.blocks) * heads * width * lm.model.dtype.itemsize
+    if lm.device.type != "cuda":
+        return min(CPU_TOKENS, max(1, psutil.virtual_memory().available // 4 // bytes_a_token))
+    free = torch.cuda.mem_get_info(lm.device)[0]
+    return max(1, free // 4 // bytes_a_token)  # a step holds two copies of a layer's cache, prefill its activations
+
+
+def _with_halving(lm: LM, session: "Session", batch: list[Row], decoding: Decoding) -> Iterator[dict[int, Generation]]:
+    """Run a batch; when memory runs out, run its halves instead."""
+    waiting = [batch]
+    while waiting:
+        rows = waiting.pop(0)
+        failed = False
+        try:
+            decode(lm, session, rows, decoding)
+        except (torch.OutOfMemoryError, MemoryError):
+            if len(rows) == 1:
+                raise ModelError(
+                    f"Out of memory on a single prompt of {len(rows[0].prompt)} tokens. Ask for fewer new tokens, or "
+                    "quantization='nf4'."
+                ) from None
+            failed = True  # halve outside of the except block: the traceback keeps the batch's tensors alive
+        if failed:
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            half = len(rows) // 2
+            waiting = [rows[:half], rows[half:], *waiting]
+            continue
+        yield {row.number: _finish(lm, row, decoding) for row in rows}
+
+
+def _finish(lm: LM, row: Row, decoding: Decoding) -> Generation:
+    text = lm.tokenizer.decode(row.new, skip_special_tokens=True)
+    for word in decoding.stop:
+        text = text.split(word, 1)[0]
+    return Generation(text, row.new, len(row.prompt), len(row.new), row.seconds, row.finished, row.passes)

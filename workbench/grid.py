@@ -1,0 +1,71 @@
+"""Strengths x layers x vectors as one batch: every cell of the grid answers the same tuning questions, in one generation.
+
+Choosing happens here, reporting in `evaluate`: the test split is refused, so that what is reported was not chosen on it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from workbench.evaluate import shows_steps
+from workbench.interventions import Intervention
+from workbench.models import LM
+from workbench.progress import heartbeat
+from workbench.statistics import wilson
+from workbench.tasks import Task
+
+Cell = tuple[dict[str, Any], Intervention | None]
+
+
+def grid(
+    lm: LM,
+    task: Task,
+    cells: Sequence[Cell],
+    *,
+    n: int = 48,
+    seed: int = 0,
+    split: str = "tuning",
+    max_new_tokens: int = 256,
+) -> pd.DataFrame:
+    """Accuracy and share of answers with steps for every cell, on the same n questions.
+
+    Args:
+        cells: (labels, intervention) pairs, for example ({"layer": 3, "strength": 1.0}, 1.0 * v.at(layers=[3])).
+
+    Returns:
+        A frame with the labels of each cell, n, accuracy, low, high (Wilson), steps, tokens_out (mean).
+
+    Raises:
+        ValueError: no cells, or the test split.
+    """
+    if split == "test":
+        raise ValueError(
+            "A grid chooses; choosing on the test split would flatter what is reported. Use split='tuning'."
+        )
+    if not cells:
+        raise ValueError("The grid has no cells. Give at least one: [({'strength': 1.0}, 1.0 * x)].")
+    rows = task.rows(split, n=n, seed=seed)
+    prompts = [lm.render(task.messages(row)) for row in rows]
+    found = lm.generate(
+        prompts * len(cells),
+        [change for _, change in cells for _ in rows],
+        max_new_tokens,
+        progress=lambda done, total: heartbeat("grid", done, total),
+    )
+    lines = []
+    for place, (labels, _) in enumerate(cells):
+        answers = found[place * n : (place + 1) * n]
+        right = sum(verdict.correct for verdict in task.verify_many(rows, [answer.text for answer in answers]))
+        accuracy, style = wilson(right, n), wilson(sum(shows_steps(answer.text) for answer in answers), n)
+        line = {**labels, "n": n, "accuracy": accuracy.estimate, "low": accuracy.low, "high": accuracy.high}
+        line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
+        lines.append(line | {"tokens_out": sum(answer.tokens_out for answer in answers) / n})
+    return pd.DataFrame(lines)
+
+
+def best(table: pd.DataFrame) -> dict[str, Any]:
+    """The cell with the highest accuracy; of equals the weakest (by absolute strength), which does the least damage."""
+    order = table.assign(size=table.strength.abs() if "strength" in table else 0.0)
+    chosen = order.sort_values(["accuracy", "size"], ascending=[False, True], kind="stable").iloc[0]
+    return chosen.drop("size").to_dict()

@@ -1,0 +1,48 @@
+"""Interventions: changes inside a model while it runs, as values that can be scaled, added, saved and applied.
+
+`Residual` adds vectors to the residual stream, `KV` edits the cached prompt once, `Adapter` puts a LoRA adapter on.
+Weight and logit edits are not here yet. See `concept` for what the kinds share and `session` for how they reach a
+forward pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from workbench.interventions.adapter import Adapter
+from workbench.interventions.concept import Intervention, Sum
+from workbench.interventions.extract import extract, random_like
+from workbench.interventions.files import load_intervention
+from workbench.interventions.kv import KV
+from workbench.interventions.residual import Positions, Residual
+from workbench.interventions.session import Session
+from workbench.models import LM
+
+__all__ = [
+    "KV",
+    "Adapter",
+    "Intervention",
+    "Positions",
+    "Residual",
+    "Sum",
+    "apply",
+    "extract",
+    "load_intervention",
+    "random_like",
+]
+
+
+@contextmanager
+def apply(
+    lm: LM, x: Intervention | Sequence[Intervention | None], *, prompt_lengths: Sequence[int] | None = None
+) -> Iterator[None]:
+    """Intervene in everything that calls `lm.model` inside the block: `model.generate`, scoring, your own loop.
+
+    x: one for all rows, or one (or None) a row of the batches to come. `last`, `prompt` and `generated` refer to the
+    prompt of the first forward on an empty cache, unless `prompt_lengths` says how many tokens of each row are prompt
+    (needed to score a prompt and its answer in one forward). A prompt that is prefilled in chunks needs
+    `prompt_lengths` too. A KV edit is made when the last prompt token arrives. Nested blocks add up; afterwards the
+    model is as it was, exceptions included.
+    """
+    rows = [x] if isinstance(x, Intervention) else list(x)
+    with Session(lm, rows, prompt_lengths):
+        yield

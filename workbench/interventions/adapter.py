@@ -1,0 +1,123 @@
+"""A LoRA adapter as an intervention: active while applied, gone afterwards (PEFT; LoRA: arXiv 2106.09685).
+
+Reads adapters that `peft` saved as safetensors; does not train or merge them.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from workbench.interventions.concept import Intervention
+from workbench.models import LM, ModelError
+
+
+@dataclass(frozen=True)
+class Adapter(Intervention):
+    """A folder that peft's `save_pretrained` wrote; `strength` multiplies the adapter's own scaling."""
+
+    path: Path
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        folder = Path(self.path).expanduser().resolve()
+        object.__setattr__(self, "path", folder)
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            if not (folder / name).is_file():
+                raise ModelError(
+                    f"{folder} is not an adapter: {name} is missing. Save one with peft's save_pretrained(FOLDER)."
+                )
+
+    def scale(self, factor: float) -> "Adapter":
+        return replace(self, strength=self.strength * factor)
+
+    def rebind(self, lm: LM) -> "Adapter":
+        return self
+
+    def check(self, lm: LM) -> None:
+        kind = json.loads((self.path / "adapter_config.json").read_text()).get("peft_type")
+        if kind != "LORA":
+            raise ModelError(
+                f"{self.path} is a {kind} adapter; only LORA adapters can be applied and taken off exactly."
+            )
+
+
+@contextmanager
+def activated(lm: LM, adapters: Sequence[Adapter]) -> Iterator[None]:
+    """Put LoRA layers in the model for the length of the block; the original layers come back as the same objects."""
+    if not adapters:
+        yield
+        return
+    with _restored(lm.model):
+        with _packing_kept(lm.model):
+            _inject(lm, adapters)
+        yield
+
+
+def _inject(lm: LM, adapters: Sequence[Adapter]) -> None:
+    from peft import PeftModel  # here, because it takes a second and wakes bitsandbytes
+    from peft.tuners.lora import LoraLayer
+
+    wrapped: Any = None
+    names = [f"adapter{number}" for number in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        try:
+            if wrapped is None:
+                wrapped = PeftModel.from_pretrained(lm.model, str(adapter.path), adapter_name=name)
+            else:
+                wrapped.load_adapter(str(adapter.path), adapter_name=name)
+        except (RuntimeError, ValueError, KeyError) as error:
+            first = " ".join(str(error).split())[:300]
+            raise ModelError(
+                f"The adapter {adapter.path} does not fit {lm.name!r}. Use the model it was trained on "
+                f"(base_model_name_or_path in its adapter_config.json). The library said: {first}"
+            ) from None
+        for module in wrapped.modules():
+            if isinstance(module, LoraLayer) and name in module.scaling:
+                module.scaling[name] *= adapter.strength
+    wrapped.base_model.set_adapter(names, inference_mode=True)
+    lm.model.eval()
+
+
+@contextmanager
+def _packing_kept(model: nn.Module) -> Iterator[None]:
+    """Keep 4-bit weights as they are while PEFT loads.
+
+    PEFT asks for a state dict, and for each of those bitsandbytes on a CPU unpacks its weights and rounds their
+    double-quantised scales anew: without this they drift with every load.
+    """
+    kept = []
+    for weight in model.parameters():
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            kept.append((weight, weight.data, state, dict(vars(state))))
+    try:
+        yield
+    finally:
+        for weight, data, state, values in kept:
+            weight.data = data
+            vars(state).clear()
+            vars(state).update(values)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Give every module its own children, flags and attributes back, also after a load that failed half-way."""
+    children = [(module, dict(module._modules), module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = dict(vars(model))
+    try:
+        yield
+    finally:
+        for module, own, training in children:
+            module._modules.clear()
+            module._modules.update(own)
+            module.training = training
+        for parameter, needed in gradients:
+            parameter.requires_grad_(needed)
+        for name in set(vars(model)) - set(attributes):
+            delattr(model, name)

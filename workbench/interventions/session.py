@@ -1,0 +1,247 @@
+"""Put interventions to work in a model's forward passes, and take them out again without a trace.
+
+A session wraps the forward of the model below its head and hooks its decoder blocks. It works out where each token
+stands in its own row's text (attention mask, position ids, cache length), so that positions mean the same with and
+without a cache and with any padding; and it splits a forward in two where a cached token has to be edited in between.
+"""
+
+import inspect
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from workbench.interventions.adapter import Adapter, activated
+from workbench.interventions.concept import Intervention
+from workbench.interventions.forward import columns, joined, refuse_unsplittable, rotary_positions, text_positions
+from workbench.interventions.kv import KV, plan_kv
+from workbench.interventions.residual import Residual, plan_residual, span_mask
+from workbench.interventions.rotary import rotary_of
+from workbench.models import LM, ModelError
+
+ACTIVE: WeakKeyDictionary[nn.Module, "list[Session]"] = WeakKeyDictionary()
+
+
+class Session:
+    """Interventions, one for all rows or one a row, in force inside a `with` block; an inner one adds to an outer."""
+
+    def __init__(self, lm: LM, rows: Sequence[Intervention | None], lengths: Sequence[int] | None = None) -> None:
+        self.lm = lm
+        self.rows = _inherit(lm, rows)
+        parts = [row.parts if row is not None else () for row in self.rows]
+        for part in {id(part): part for row in parts for part in row}.values():
+            part.check(lm)
+        self.adapters = _common_adapters(parts)
+        self.residual, self.spans = plan_residual([[p for p in row if isinstance(p, Residual)] for row in parts], lm)
+        self.kv = plan_kv([[p for p in row if isinstance(p, KV)] for row in parts], lm)
+        self.rotary = rotary_of(lm) if any(plan.rotate for plan in self.kv) else None
+        self.given = None if lengths is None else torch.tensor(list(lengths), device=lm.device)
+        self.lengths = torch.empty(0, dtype=torch.long) if self.given is None else self.given
+        self.selected: Tensor | None = None
+        self.masks: Tensor | None = None
+        self.previous: Tensor | None = None
+        self.paused = False
+        self.exits = ExitStack()
+
+    @property
+    def empty(self) -> bool:
+        """Nothing but adapters: forward passes need no help."""
+        return not self.residual and not self.kv
+
+    def select(self, rows: Sequence[int]) -> None:
+        """From here on the forward's rows are these rows of the session, in this order."""
+        self.selected = torch.tensor(list(rows), device=self.lm.device)
+        if self.given is not None:
+            self.lengths = self.given[self.selected]
+
+    def __enter__(self) -> "Session":
+        stack = ACTIVE.setdefault(self.lm.model, [])
+        if stack:
+            stack[-1].detach()
+        try:
+            self.attach()
+        except BaseException:
+            self.detach()
+            if stack:
+                stack[-1].attach()
+            raise
+        stack.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stack = ACTIVE[self.lm.model]
+        self.detach()
+        stack.remove(self)
+        if stack:
+            stack[-1].attach()
+
+    def attach(self) -> None:
+        """Put adapters, hooks and the wrapped forward in place."""
+        self.exits.enter_context(activated(self.lm, self.adapters))
+        if self.empty:
+            return
+        base = self.lm.base
+        own = vars(base).get("forward")  # accelerate keeps a wrapped forward here
+        self.original = base.forward
+        self.signature = inspect.signature(base.forward)
+        base.forward = self.forward
+
+        def restore() -> None:
+            del base.forward
+            if own is not None:
+                base.forward = own
+
+        self.exits.callback(restore)
+        for layer in self.residual:
+            handle = self.lm.blocks[layer].register_forward_hook(self._hook(layer))
+            self.exits.callback(handle.remove)
+
+    def detach(self) -> None:
+        """Take everything out again."""
+        self.exits.close()
+
+    def _hook(self, layer: int) -> Any:
+        plan = self.residual[layer]
+
+        def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+            if self.masks is None:
+                return output
+            hidden = output[0] if isinstance(output, tuple) else output
+            changed = plan.add(hidden, self.masks.to(hidden.device), self._chosen(len(hidden)).to(hidden.device))
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+        return add
+
+    def _chosen(self, count: int) -> Int[Tensor, " rows"]:
+        """For every row of the forward, its number among the session's rows."""
+        if self.selected is not None:
+            return self.selected
+        if len(self.rows) == 1:
+            return torch.zeros(count, dtype=torch.long, device=self.lm.device)
+        if len(self.rows) != count:
+            raise ModelError(
+                f"The block holds interventions for {len(self.rows)} rows, but the forward has {count}. Give one a "
+                "row, or one for all."
+            )
+        return torch.arange(count, device=self.lm.device)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward, under this session's interventions."""
+        if self.paused:
+            return self.original(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs).arguments
+        call = {**bound, **bound.pop("kwargs", {})}
+        call.pop("kwargs", None)
+        tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
+        past = call.get("past_key_values")
+        seen = past.get_seq_length() if past is not None else 0  # not `if past`: an empty cache is falsy
+        cached = past is not None or _wants_cache(call, self.lm)
+        text = text_positions(call, seen, *tokens.shape[:2]).to(tokens.device)
+        self._note_prompt(call, text, seen, cached)
+        try:
+            if self.kv:
+                return self._split(call, text, seen, cached)
+            self._place(text)
+            return self.original(**call)
+        finally:
+            self.masks = None
+
+    def _place(self, text: Int[Tensor, "rows seq"]) -> None:
+        if self.spans:
+            self.masks = torch.stack([span_mask(span, text, self.lengths) for span in self.spans], dim=-1)
+
+    def _note_prompt(self, call: dict[str, Any], text: Int[Tensor, "rows seq"], seen: int, cached: bool) -> None:
+        """Row lengths of the prompt: given, or those of the first forward on an empty cache.
+
+        Without any cache every forward starts from nothing; one that repeats the last one's tokens and adds one is its
+        continuation.
+        """
+        if self.given is not None:
+            if len(self.lengths) != len(text):
+                raise ModelError(
+                    f"prompt_lengths has {len(self.lengths)} entries, but the forward has {len(text)} rows."
+                )
+            return
+        ids, previous = call.get("input_ids"), self.previous
+        self.previous = None if cached else ids
+        grown = (
+            previous is not None
+            and ids is not None
+            and ids.shape == (len(previous), previous.shape[1] + 1)
+            and torch.equal(ids[:, :-1], previous)
+        )
+        if (seen == 0 and not grown) or len(self.lengths) != len(text):
+            self.lengths = text.amax(1) + 1
+
+    def _split(self, call: dict[str, Any], text: Int[Tensor, "rows seq"], seen: int, cached: bool) -> Any:
+        """Run up to each row's last prompt token, edit the cache behind it, go on.
+
+        With left padding all rows have it in the same column; with right padding there are several cuts.
+        """
+        count, width = text.shape
+        rows = self._chosen(count)
+        touched = torch.stack([plan.touches()[rows] for plan in self.kv]).any(0)
+        last = (text == self.lengths[:, None] - 1) & touched[:, None]
+        cuts = sorted(set(last.nonzero()[:, 1].tolist()))
+        if (last & (self.lengths[:, None] < 2)).any():
+            raise ModelError(
+                "A KV edit changes the last prompt token but one, and this prompt has a single token. Give a longer "
+                "prompt."
+            )
+        if not cuts:
+            self._place(text)
+            return self.original(**call)
+        refuse_unsplittable(call)
+        if not cached:
+            call = {**call, "past_key_values": DynamicCache(config=self.lm.model.config), "use_cache": True}
+        elif call.get("past_key_values") is None:
+            call = {**call, "past_key_values": DynamicCache(config=self.lm.model.config)}
+        outputs, start = [], 0
+        for stop in [*cuts, width]:
+            if stop > start:
+                self._place(text[:, start:stop])
+                outputs.append(self.original(**columns(call, start, stop, seen, text.shape)))
+            if stop < width:
+                places = rotary_positions(call, stop - 1, seen, count).to(rows.device)
+                for plan in self.kv:
+                    plan.edit(call["past_key_values"], last[:, stop], rows, places, self.rotary)
+            start = stop
+        result = joined(outputs)
+        if not cached:
+            result.past_key_values = None
+        return result
+
+
+def _inherit(lm: LM, rows: Sequence[Intervention | None]) -> list[Intervention | None]:
+    """These rows on top of what an enclosing block already applies."""
+    stack = ACTIVE.get(lm.model)
+    outer = stack[-1].rows if stack else [None]
+    inner = list(rows)
+    if len(outer) != len(inner) and 1 not in (len(outer), len(inner)):
+        raise ModelError(f"The outer block holds interventions for {len(outer)} rows, the inner one for {len(inner)}.")
+    count = max(len(outer), len(inner))
+    outer, inner = (list(side) * count if len(side) == 1 else list(side) for side in (outer, inner))
+    return [a if b is None else b if a is None else a + b for a, b in zip(outer, inner, strict=True)]
+
+
+def _common_adapters(parts: Sequence[Sequence[Intervention]]) -> list[Adapter]:
+    """An adapter changes weights, hence all rows: every row has to name the same ones."""
+    wanted = [tuple(part for part in row if isinstance(part, Adapter) and part.strength != 0) for row in parts]
+    if len(set(wanted)) > 1:
+        raise ModelError(
+            "Rows of one forward cannot have different adapters. lm.generate sorts such rows into groups of their own."
+        )
+    return list(wanted[0]) if wanted else []
+
+
+def _wants_cache(call: dict[str, Any], lm: LM) -> bool:
+    asked = call.get("use_cache")
+    return bool(lm.model.config.get_text_config().use_cache if asked is None else asked)

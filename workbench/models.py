@@ -1,0 +1,239 @@
+"""Load a causal language model and say why it sits where it sits: device, dtype, quantisation, revision.
+
+Covers the lab models, folders and Hugging Face names, safetensors only. Does not train, download datasets or run code
+that comes with a checkpoint. Leans on transformers and bitsandbytes.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from workbench.placement import ModelError, choose_device, choose_dtype, choose_quantization
+
+if TYPE_CHECKING:
+    from workbench.generate import Generation
+    from workbench.interventions import Intervention
+
+DATA = Path(__file__).resolve().parent.parent / "data"
+LAB = ("lab", "lab-small")
+__all__ = ["LM", "ModelError", "find_blocks", "load_model"]
+
+
+@dataclass(frozen=True, eq=False)
+class LM:
+    """A causal language model, its tokenizer and its decoder blocks in order."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    blocks: list[nn.Module]
+    revision: str
+    reasons: dict[str, str]
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model without its language-model head."""
+        return self.model.base_model
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def d_model(self) -> int:
+        return self.model.config.get_text_config().hidden_size
+
+    def render(self, prompt: str | list[dict[str, str]]) -> str:
+        """A finished string: strings stay as they are, chat messages go through the tokenizer's template.
+
+        A tokenizer without a template gets `System: ...`, `Question: ...`, `Answer: ...` parts with a blank line
+        between, ending in `Answer:`.
+        """
+        if isinstance(prompt, str):
+            return prompt
+        if self.tokenizer.chat_template:
+            return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        titles = {"system": "System", "user": "Question", "assistant": "Answer"}
+        parts = [f"{titles.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        return "\n\n".join([*parts, "Answer:"])
+
+    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
+        """Token ids of a prompt; nothing is added, because templates carry their own special tokens."""
+        ids = self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ModelError(f"The prompt {prompt!r} has no tokens. Give at least one character.")
+        return ids
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[dict[str, str]]],
+        interventions: "Intervention | Sequence[Intervention | None] | None" = None,
+        max_new_tokens: int = 256,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        batch_size: int | None = None,
+        stop: Sequence[str] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> "list[Generation]":
+        """Continue every prompt; see `workbench.generate.generate`."""
+        from workbench.decode import Decoding
+        from workbench.generate import generate
+
+        decoding = Decoding(max_new_tokens, temperature, top_p, tuple(stop or ()))
+        return generate(self, prompts, interventions, decoding, seed=seed, batch_size=batch_size, progress=progress)
+
+    def apply(
+        self, x: "Intervention | Sequence[Intervention | None]", *, prompt_lengths: Sequence[int] | None = None
+    ) -> AbstractContextManager[None]:
+        """Intervene in everything that calls `lm.model` inside the block; see `workbench.interventions.apply`."""
+        from workbench.interventions import apply
+
+        return apply(self, x, prompt_lengths=prompt_lengths)
+
+
+def load_model(
+    name: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    quantization: str | None = None,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+) -> LM:
+    """Load `name`: "lab", "lab-small", a folder, or a Hugging Face name; in eval mode, without gradients.
+
+    dtype: "float32", "bfloat16", "float16" or None (float32 on a CPU, bfloat16 on a GPU that has it).
+    quantization: None, "nf4" (4-bit weights, arXiv 2305.14314) or "auto" (nf4 only where memory is short).
+    Raises ModelError where the model is missing, needs a login, is not in safetensors or has an unknown shape.
+    """
+    source = _source(str(name))
+    reasons: dict[str, str] = {}
+    place, reasons["device"] = choose_device(device)
+    number, reasons["dtype"] = choose_dtype(dtype, place)
+    with _teaching(str(name)):
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+    four_bit, reasons["quantization"] = choose_quantization(quantization, config, number, place)
+    arguments: dict[str, Any] = {
+        "dtype": number,
+        "use_safetensors": True,
+        "trust_remote_code": False,
+        "revision": revision,
+    }
+    if four_bit:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=number,
+        )
+    with _teaching(str(name)):
+        model = AutoModelForCausalLM.from_pretrained(source, device_map={"": place}, **arguments)
+    model.eval().requires_grad_(False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    identity = (
+        _hash_weights(Path(source)) if Path(source).is_dir() else getattr(config, "_commit_hash", None) or "unknown"
+    )
+    return LM(str(name), model, tokenizer, find_blocks(model), identity, reasons)
+
+
+def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Decoder blocks in order, found by structure: the module list as long as the model is deep.
+
+    Covers `model.layers` (Llama and its kin), `transformer.h` (GPT-2, Falcon), `gpt_neox.layers`, `decoder.layers`
+    (OPT) and the language part of multi-modal wrappers.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    foreign = ("vision", "visual", "audio", "image", "encoder", "speech")
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and not any(word in name for word in foreign)
+    }
+    found = [module for module in lists.values() if len(module) == depth and _has_attention(module)]
+    if len(found) == 1:
+        return list(found[0])
+    seen = ", ".join(f"{name} ({len(module)})" for name, module in lists.items()) or "none"
+    raise ModelError(
+        f"Cannot tell which module list of {type(model).__name__} holds its {depth} decoder blocks; module lists: "
+        f"{seen}. "
+        "Use a decoder-only model of the Llama, GPT-2, GPT-NeoX, Falcon or OPT shape."
+    )
+
+
+def _has_attention(layers: nn.ModuleList) -> bool:
+    names = " ".join(child for layer in layers for child, _ in layer.named_children()).lower()
+    return any(word in names for word in ("attn", "attention", "mixer"))
+
+
+def _source(name: str) -> str:
+    if name in LAB:
+        if not (DATA / name).is_dir():
+            raise ModelError(
+                f"The lab model {name!r} is not at {DATA / name}. Restore the data folder: git checkout -- data"
+            )
+        return str(DATA / name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not any(folder.glob("*.safetensors")):
+            other = ", ".join(
+                sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+            )
+            raise ModelError(
+                f"{folder} holds no .safetensors file (weight files there: {other or 'none'}). Pickled weights can "
+                "run code and are "
+                "refused. Convert: model.save_pretrained(FOLDER, safe_serialization=True)"
+            )
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"There is no folder {name!r}. Give an existing folder, a Hugging Face name, or one of {', '.join(LAB)}."
+        )
+    return name
+
+
+class _teaching(AbstractContextManager["_teaching"]):
+    """Turn a library's loading error into one paragraph with the next command."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, (OSError, ValueError, ImportError, KeyError, SafetensorError)) or isinstance(
+            error, ModelError
+        ):
+            return
+        first = " ".join(str(error).split())[:300]
+        text = f"{type(error).__name__} {first}".lower()
+        if "gated" in text or "401" in text or "403" in text:
+            hint = f"It needs a login and the licence accepted on its page: hf auth login, then hf download {self.name}"
+        elif "safetensors" in text:
+            hint = "Only safetensors weights are loaded; look for a revision or a copy that has them."
+        elif "trust_remote_code" in text or "custom code" in text:
+            hint = "It brings its own code, which is never run here. Choose a model that transformers knows."
+        else:
+            hint = (
+                f"Check the spelling and the network (HF_HUB_OFFLINE unset?): hf download {self.name}, "
+                "or start with load_model('lab')."
+            )
+        raise ModelError(f"Could not load {self.name!r}. {hint} The library said: {first}") from None
+
+
+def _hash_weights(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,126 @@
+"""Find records that repeat each other or the evaluation questions, so that a score measures skill and not memory.
+
+Two measures, both on words, numbers and operators (case, spacing and sentence punctuation ignored):
+
+* `contamination`: 13 tokens in a row shared with one evaluation question (Brown et al. 2020, arXiv 2005.14165, app. C).
+  Questions made from a template share long runs of *template* words with all their siblings, and by chance a number
+  or two, which is no leak. So a run counts only when it identifies: at least 4 of its tokens are content, that is found
+  in at most a tenth of the evaluation questions (or two), and the run is in at most a hundredth of them (or one).
+  Numbers are tokens like others: a template filled with other numbers does not match. An equal question always counts,
+  which is also how questions shorter than 13 tokens are compared.
+* `near_duplicates`: Jaccard similarity of three-token shingles, each weighted by how rare it is among the records
+  (inverse document frequency), so that shared template words weigh almost nothing and shared content weighs much.
+
+Not covered: paraphrases and translations; for those compare embeddings.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+
+_TOKEN = re.compile(r"\d{1,3}(?:,\d{3})+(?!\d)|\d+(?:\.\d+)?|[^\W\d_]+|[-+*/=<>^%]")
+_CONTENT = 4  # tokens of a run; measured on the lab's families: 2 and 3 flag up to 12 % of fresh questions, 4 under 2 %
+_LONG_POSTING = 200  # shingles in more kept records than this are template words: no use as a first filter
+
+
+def tokens(text: str) -> tuple[str, ...]:
+    """Lower-case words, numbers and operators of a text.
+
+    >>> tokens("Ana has 1,200 apples; she buys 3 + 4.")
+    ('ana', 'has', '1200', 'apples', 'she', 'buys', '3', '+', '4')
+    """
+    return tuple(match.replace(",", "") for match in _TOKEN.findall(text.lower()))
+
+
+def runs(sequence: Sequence[str], n: int) -> set[tuple[str, ...]]:
+    """All runs of `n` tokens in a row; the whole sequence when it is shorter.
+
+    >>> sorted(runs(("a", "b", "c"), 2))
+    [('a', 'b'), ('b', 'c')]
+    """
+    return {tuple(sequence[i : i + n]) for i in range(max(1, len(sequence) - n + 1))} if sequence else set()
+
+
+def contamination(questions: Sequence[str], evaluation: Mapping[str, str], n: int = 13) -> list[str | None]:
+    """For each question, why it overlaps with an evaluation question, or None.
+
+    `evaluation` maps the id of an evaluation question to its text. See the head of this module for the rule.
+
+    >>> test = {"t1": "Ana has 3 red apples and 4 green pears. How many pieces of fruit are there in total?"}
+    >>> contamination(["Bo has 9 cats.", test["t1"].upper()], test)
+    [None, 'the whole question is evaluation question t1']
+    """
+    owners: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    whole: dict[tuple[str, ...], str] = {}
+    for name, text in evaluation.items():
+        sequence = tokens(text)
+        whole.setdefault(sequence, name)
+        for run in runs(sequence, n) if len(sequence) >= n else ():
+            owners[run].append(name)
+    found_in = Counter(token for text in evaluation.values() for token in set(tokens(text)))
+    content, common = max(2, len(evaluation) // 10), max(1, len(evaluation) // 100)
+
+    def reason(question: str) -> str | None:
+        sequence = tokens(question)
+        if sequence in whole:
+            return f"the whole question is evaluation question {whole[sequence]}"
+        for start in range(len(sequence) - n + 1):
+            run = sequence[start : start + n]
+            telling = sum(found_in[token] <= content for token in run)
+            if 0 < len(owners.get(run, ())) <= common and telling >= _CONTENT:
+                return f"{n} tokens in a row shared with evaluation question {owners[run][0]}: {' '.join(run)!r}"
+        return None
+
+    return [reason(question) for question in questions]
+
+
+def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[int | None]:
+    """For each text, the index of the earlier kept text that it repeats, or None when it is new.
+
+    Texts are visited in order and compared with the kept ones only, so the first of a group stays. Equal token
+    sequences always count as repeats. `threshold` is a weighted Jaccard similarity in (0, 1].
+
+    >>> near_duplicates(["Ana has 3 cats.", "Bo runs 5 km a day.", "ana has 3 cats"])
+    [None, None, 0]
+    """
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold} is no similarity. Give a number above 0 and at most 1, such as 0.8.")
+    shingles = [runs(tokens(text), 3) for text in texts]
+    unique = {sequence: index for index, sequence in reversed(list(enumerate(map(tokens, texts))))}
+    frequency = Counter(shingle for index in unique.values() for shingle in shingles[index])
+    # +1 keeps a little weight on a shingle that every record holds: two equal lonely records must not compare as 0/0
+    weight = {shingle: math.log((len(unique) + 1) / count) for shingle, count in frequency.items()}
+    # fsum rounds once, whatever the order: sets of strings have another order in every process
+    sizes = [math.fsum(weight[shingle] for shingle in found) for found in shingles]
+    postings: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    result: list[int | None] = []
+    for index, text in enumerate(texts):
+        first = unique[tokens(text)]
+        earlier = result[first] if first < index and result[first] is not None else first
+        if first == index:
+            earlier = _most_similar(shingles[index], shingles, postings, weight, sizes, sizes[index], threshold)
+        if earlier is None:
+            for shingle in shingles[index]:
+                postings[shingle].append(index)
+        result.append(earlier)
+    return result
+
+
+def _most_similar(
+    found: set[tuple[str, ...]],
+    shingles: Sequence[set[tuple[str, ...]]],
+    postings: Mapping[tuple[str, ...], list[int]],
+    weight: Mapping[tuple[str, ...], float],
+    sizes: Sequence[float],
+    size: float,
+    threshold: float,
+) -> int | None:
+    """The earliest kept text whose weighted Jaccard similarity reaches the threshold."""
+    lists = [postings[shingle] for shingle in found if shingle in postings]
+    candidates = {index for posting in lists if len(posting) <= _LONG_POSTING for index in posting}
+    for index in sorted(candidates):
+        shared = math.fsum(weight[shingle] for shingle in found & shingles[index])
+        if shared >= threshold * (size + sizes[index] - shared) - 1e-12:
+            return index
+    return None

@@ -1,0 +1,100 @@
+"""Choose where and how a model sits in memory, and say why: device, dtype, 4-bit weights.
+
+Leans on bitsandbytes for NF4 (QLoRA, arXiv 2305.14314). `models` uses this; nothing here loads weights.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SHARE_FOR_WEIGHTS = 0.7  # of free memory; the rest is for the cache and activations
+NF4_BYTES = 0.53  # a weight: 4 bits and its share of the double-quantised scales (QLoRA, arXiv 2305.14314, section 3)
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded or used as asked; the message says what to do next."""
+
+
+def choose_device(device: str | torch.device | None) -> tuple[torch.device, str]:
+    """The device and the reason for it."""
+    if device is not None:
+        place = torch.device(device)
+        if place.type == "cuda" and not torch.cuda.is_available():
+            raise ModelError(
+                f"device={device!r} asked for, but torch finds no CUDA device. Use device='cpu' or leave it out."
+            )
+        return place, f"{place}: asked for"
+    if torch.cuda.is_available():
+        return torch.device("cuda", 0), f"cuda:0: {torch.cuda.get_device_name(0)}"
+    return torch.device("cpu"), "cpu: no CUDA device found"
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> tuple[torch.dtype, str]:
+    """The dtype of weights and activations, and the reason for it."""
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ModelError(f"dtype={dtype!r} is unknown. Allowed: {', '.join(DTYPES)}.")
+        dtype = DTYPES[dtype]
+    if dtype is not None:
+        return dtype, f"{str(dtype).removeprefix('torch.')}: asked for"
+    if device.type == "cpu":
+        return torch.float32, "float32: exact and quickest for small models on a CPU"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bfloat16: half the memory, same range as float32"
+    return torch.float16, f"float16: {device.type} without native bfloat16"
+
+
+def choose_quantization(wanted: str | None, config: Any, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether to load in 4 bits, and the reason; refuses widths that bitsandbytes cannot run on this CPU."""
+    if wanted is None:
+        return False, "none: not asked for"
+    if wanted not in ("nf4", "auto"):
+        raise ModelError(f"quantization={wanted!r} is unknown. Allowed: None, 'nf4', 'auto'.")
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if wanted == "auto":
+        need = skeleton.num_parameters() * dtype.itemsize
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        size = f"weights need {need / 1e9:.2f} GB of {free / 1e9:.1f} GB free"
+        if need <= SHARE_FOR_WEIGHTS * free:
+            return False, f"none: {size}; 4 bits would only slow it down"
+        small = skeleton.num_parameters() * NF4_BYTES / 1e9
+        reason = f"nf4: {size}, more than {SHARE_FOR_WEIGHTS:.0%}; about {small:.2f} GB in 4 bits"
+    else:
+        reason = "nf4: asked for"
+    layers = dict(_four_bit_layers(skeleton))
+    if device.type == "cpu":
+        _refuse_narrow(layers)
+    if any(isinstance(layer, Conv1D) for layer in layers.values()):
+        reason += "; Conv1D layers are transposed into 4-bit linear layers"
+    return True, f"{reason}; {len(layers)} layers in 4 bits, embeddings and head in {str(dtype).removeprefix('torch.')}"
+
+
+def _four_bit_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and not name.endswith("lm_head"):
+            yield name, module
+
+
+def _refuse_narrow(layers: dict[str, nn.Module]) -> None:
+    """bitsandbytes 0.50 repacks 4-bit weights on CPUs with AVX512-BF16 in blocks of 64 inputs and 32 outputs."""
+    from bitsandbytes.functional import has_avx512bf16
+
+    if not has_avx512bf16():
+        return
+    for name, layer in layers.items():
+        shape = tuple(layer.get_parameter("weight").shape)
+        wide, high = shape if isinstance(layer, Conv1D) else shape[::-1]
+        if wide % 64 or high % 32:
+            raise ModelError(
+                f"Layer {name} has {wide} inputs and {high} outputs, but bitsandbytes on this CPU (AVX512-BF16) runs "
+                "4-bit "
+                "layers only with inputs in multiples of 64 and outputs in multiples of 32. "
+                "Load without quantization, or with device='cuda'."
+            )

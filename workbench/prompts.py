@@ -1,0 +1,162 @@
+"""How a question is put to a model: alone, with an instruction, or after worked examples. Also the pairs that steering reads.
+
+A `Strategy` is one of the things that a condition of `evaluate` may hold. `contrast` makes prompts that differ only in
+how their examples are answered (contrastive in-context pairs, as in arXiv 2507.08799) and end in the same tokens.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from workbench.lab.corpus import SYSTEM, chat
+
+if TYPE_CHECKING:
+    from workbench.models import LM
+    from workbench.tasks import Task
+
+STYLES = ("direct", "steps", "long")
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to prompt: an instruction in the system turn, and `shots` examples answered in `style`.
+
+    Attributes:
+        name: shown in tables.
+        system: text of the system turn, or None for no such turn.
+        shots: number of worked examples before the question; drawn from the tuning split, the same for a row each time.
+        style: 'direct', 'steps' or 'long': which worked solution the examples show.
+    """
+
+    name: str = "plain"
+    system: str | None = None
+    shots: int = 0
+    style: str = "direct"
+
+    def __post_init__(self) -> None:
+        if self.style not in STYLES:
+            raise ValueError(f"style={self.style!r} is not a style. Use one of: {', '.join(STYLES)}.")
+        if not 0 <= self.shots <= 64:
+            raise ValueError(f"shots={self.shots} is out of range. Use 0 to 64 examples.")
+
+
+def few_shot(style: str = "steps", shots: int = 3) -> Strategy:
+    """Examples answered in a style, with no instruction."""
+    return Strategy(name=f"{shots} shots, {style}", shots=shots, style=style)
+
+
+def instruction(style: str = "steps") -> Strategy:
+    """The style asked for in words, in the system turn ('Show your steps.')."""
+    return Strategy(name=f"told: {style}", system=SYSTEM[style], style=style)
+
+
+def messages(task: "Task", row: dict[str, Any], strategy: Strategy | None = None) -> list[Message]:
+    """Chat messages that put one row's question; they end in the user's turn.
+
+    Raises:
+        ValueError: the task has no worked solutions in the style that the examples should show.
+    """
+    strategy = strategy or Strategy()
+    turns: list[Message] = [{"role": "system", "content": strategy.system}] if strategy.system else []
+    if strategy.shots:
+        for example in _examples(task, row, strategy.shots):
+            turns += _exchange(task, example, strategy.style)
+    return [*turns, {"role": "user", "content": row["question"]}]
+
+
+def _exchange(task: "Task", row: dict[str, Any], style: str) -> list[Message]:
+    solutions = row.get("solutions") or {}
+    if style not in solutions:
+        raise ValueError(
+            f"Task {task.name} has no worked solution in style {style!r} (it has: {', '.join(solutions) or 'none'}). "
+            "Use a style that it has, or a strategy without examples: Strategy(system='Show your steps.')."
+        )
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": solutions[style]}]
+
+
+def _examples(task: "Task", row: dict[str, Any], shots: int) -> list[dict[str, Any]]:
+    """Examples for a row: from the tuning split, never the row itself, chosen by a hash so that order doesn't matter."""
+    pool = [candidate for candidate in task.rows("tuning", n=200, seed=1) if candidate["question"] != row["question"]]
+    if len(pool) < shots:
+        raise ValueError(f"Task {task.name} has {len(pool)} rows to draw examples from, {shots} are asked for.")
+    rank = {c["id"]: hashlib.sha256(f"{row['id']}/{c['id']}".encode()).digest() for c in pool}
+    return sorted(pool, key=lambda candidate: rank[candidate["id"]])[:shots]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Contrastive prompts: `positive[i]` and `negative[i]` differ in their examples' answers and end in the same tokens.
+
+    Each string stops one token before the end of the generation prompt, on the token whose cache entry a KV edit changes:
+    the last prompt token must still be processed for the edit to be seen, so it plays the part of the paper's offset token.
+    """
+
+    positive: list[str]
+    negative: list[str]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.positive)
+
+
+def contrast(
+    task: "Task",
+    *,
+    positive: str = "steps",
+    negative: str = "direct",
+    shots: int = 4,
+    n: int = 100,
+    seed: int = 0,
+    lm: "LM | None" = None,
+    split: str = "train",
+) -> Pairs:
+    """Pairs of prompts whose examples are answered in style `positive` and in style `negative`.
+
+    Args:
+        task: where questions and worked solutions come from.
+        shots: examples before each question.
+        n: number of pairs.
+        lm: the model whose chat template renders the prompts; None takes the lab's template.
+        split: rows for questions and examples; never 'test', which is for reporting.
+
+    Raises:
+        ValueError: test split asked for, equal styles, or a style that the task has no solutions for.
+    """
+    if split == "test":
+        raise ValueError("Pairs from the test split would leak into what is reported. Use split='train' or 'tuning'.")
+    if positive == negative:
+        raise ValueError(f"positive and negative are both {positive!r}: their difference would be zero.")
+    rows = task.rows(split, n=n * (shots + 1), seed=seed)
+    render = lm.render if lm is not None else chat
+    cut = _last_token_start(lm)
+    sides: dict[str, list[str]] = {positive: [], negative: []}
+    for start in range(0, n * (shots + 1), shots + 1):
+        *examples, last = rows[start : start + shots + 1]
+        for style, prompts in sides.items():
+            turns = [message for example in examples for message in _exchange(task, example, style)]
+            text = render([*turns, {"role": "user", "content": last["question"]}])
+            prompts.append(text[: cut(text)])
+    about = {
+        "task": task.name,
+        "positive": positive,
+        "negative": negative,
+        "shots": shots,
+        "n": n,
+        "seed": seed,
+        "split": split,
+    }
+    return Pairs(sides[positive], sides[negative], about)
+
+
+def _last_token_start(lm: "LM | None") -> Callable[[str], int]:
+    """A function from a rendered prompt to the character at which its last token starts."""
+    if lm is None:
+        return lambda text: len(text) - 1  # the lab's generation prompt ends in a newline, one token
+
+    def start(text: str) -> int:
+        offsets = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        return offsets[-1][0]
+
+    return start

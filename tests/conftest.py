@@ -1,4 +1,4 @@
-"""What tests share: tiny random models of each architecture, the shipped lab model, the folder of real benchmark data."""
+"""What tests share: tiny random models of each architecture, the shipped lab model, the folder of benchmark data."""
 
 import os
 from collections.abc import Callable

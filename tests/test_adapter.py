@@ -69,6 +69,11 @@ def test_rows_with_different_adapters_and_kinds(lm: LM, tmp_path: Path) -> None:
     assert together == [tokens(lm, [prompt], x)[0] for prompt, x in zip(prompts, mixture, strict=True)]
     with lm.apply(a), lm.apply(b):
         assert tokens(lm, [prompts[6]])[0] == together[6]
+    outer, inner = [v, kv, None, v, 0 * v, kv, v, None], [a, None, b, None, b, 0 * a, a, b]
+    both = [sum(x for x in pair if x is not None) for pair in zip(outer, inner, strict=True)]
+    with lm.apply(outer):  # one a row, around rows that are sorted by adapter
+        nested = tokens(lm, prompts, inner)
+    assert nested == tokens(lm, prompts, both)
     with pytest.raises(ModelError, match="cannot have different adapters"), lm.apply([a, b]):
         pass
 

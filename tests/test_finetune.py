@@ -183,7 +183,7 @@ def test_trl_batch_has_no_attention_mask_and_its_loss_is_ours(lm: LM, folder: Pa
     examples, _ = encode_all(lm, RECORDS, "here", 100)
     trainer = make_trainer(
         load_model(folder).model, lm.tokenizer, examples, LoraConfig(r=4, target_modules="all-linear"),
-        checkpoints=tmp_path / "checkpoints", packed_length=256, batch_size=1, epochs=1, learning_rate=1e-3, warmup=0,
+        checkpoints=tmp_path / "checkpoints", packed_length=256, batch_size=1, accumulation=1, epochs=1, learning_rate=1e-3, warmup=0,
         checkpointing=False, save_steps=10, seed=0,
     )  # fmt: skip
     batch = trainer.data_collator([trainer.train_dataset[0]])

@@ -282,7 +282,7 @@ def test_two_starters_give_one_result(tmp_path: Path) -> None:
     count = "from pathlib import Path\nwith Path(out, 'starts').open('a') as log:\n    log.write('x')\nseed = 1"
     notebook = write_notebook(tmp_path / "00_first.ipynb", [SETUP.format(stage="00_first"), count, FINISH])
     starters = [start(tmp_path, "run", notebook, "--out", "run") for _ in range(2)]
-    ends = [starter.communicate(timeout=200) for starter in starters]
+    ends = [starter.communicate() for starter in starters]
     assert [starter.returncode for starter in starters] == [0, 0], ends
     assert (tmp_path / "run" / "starts").read_text() == "x"
     assert sum("kept" in errors for _, errors in ends) == 1
@@ -399,6 +399,18 @@ def test_a_heartbeat_goes_to_the_file_of_a_run_or_to_standard_error(
     assert beat is not None
     assert (beat["step"], beat["total"], beat["numbers"]) == (5, 5, {"loss": 0.2, "bad": None})
     assert capsys.readouterr().err == ""
+
+
+def test_a_heartbeat_in_an_open_notebook_is_one_bar(tmp_path: Path) -> None:
+    from nbclient import NotebookClient
+
+    source = "from workbench import runs\nfor item in runs.progress(range(30), 'train'):\n    pass"
+    notebook = nbformat.read(write_notebook(tmp_path / "open.ipynb", [source], None), as_version=4)
+    NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(Path.cwd())}}).execute()
+    text = json.dumps(notebook)  # the state of the widget is in the metadata
+    assert "train" in text
+    assert "30/30" in text
+    assert len(notebook.cells[-1].outputs) == 1
 
 
 def test_comparison_shows_what_differed_and_what_came_out(home: Path) -> None:

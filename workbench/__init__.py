@@ -42,10 +42,10 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
 
 __all__ = [
-    "KV", "LM", "Adapter", "Data", "Generation", "Intervention", "ModelError", "Pairs", "Residual", "Results", "Strategy",
-    "Task", "Verdict", "contrast", "evaluate", "extract", "few_shot", "finetune", "instruction", "load_data",
-    "load_intervention", "load_model", "load_results", "load_task", "plots", "random_like", "report", "runs", "statistics",
-    "synthesize", "task_names",
+    "KV", "LM", "Adapter", "Data", "Generation", "Intervention", "ModelError", "Pairs", "Residual", "Results",
+    "Strategy", "Task", "Verdict", "contrast", "evaluate", "extract", "few_shot", "finetune", "instruction",
+    "load_data", "load_intervention", "load_model", "load_results", "load_task", "plots", "random_like", "report",
+    "runs", "statistics", "synthesize", "task_names",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Conditions x task -> one row per question and condition; every table is made from those rows, never the other way round.
+"""Conditions x task -> one row per question and condition; tables are made from rows, never the other way round.
 
 A condition is a list of what differs from the plain model: interventions, adapters, at most one prompt `Strategy`.
 All conditions answer the same questions, so that every difference is paired. Not covered: log-likelihood scoring,
@@ -95,7 +95,7 @@ class Results:
         return paired_difference(first.tolist(), second.loc[first.index].tolist(), level)
 
     def comparisons(self, baseline: str | None = None, level: float = 0.95) -> pd.DataFrame:
-        """Every other condition against `baseline` (default: the first), with p-values corrected by Holm over the family.
+        """Every other condition against `baseline` (default: the first); p-values corrected by Holm over the family.
 
         `detectable` is the smallest difference that this n would have shown with 80 % power, at the discordance seen.
         """
@@ -194,10 +194,7 @@ def _plan(name: str, condition: Condition) -> tuple[Intervention | None, Strateg
     if len(strategies) > 1:
         raise ValueError(f"Condition {name!r} holds {len(strategies)} prompt strategies: {strategies}. Keep one.")
     changes = [item for item in items if isinstance(item, Intervention)]
-    total: Intervention | None = changes[0] if changes else None
-    for change in changes[1:]:
-        total = change + total
-    return total, strategies[0] if strategies else None
+    return sum(changes[1:], changes[0]) if changes else None, strategies[0] if strategies else None
 
 
 def fingerprint(change: Intervention | None) -> str:

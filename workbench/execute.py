@@ -92,7 +92,7 @@ def execute(folder: Path, job: dict[str, Any]) -> dict[str, Any] | None:
             kernel_name="python3",
             language="python",
             progress_bar=False,
-            start_timeout=120,
+            start_timeout=300,
             cwd=job["cwd"],
             config=Config({"KernelManager": transport}),
         )

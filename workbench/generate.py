@@ -59,16 +59,16 @@ def generate(
     stream of its own, seed and i) or one a row. batch_size: rows a batch; None packs rows of similar length by a token
     budget. progress: called with rows done and rows in all.
     """
-    from workbench.interventions.session import Session
+    from workbench.interventions.session import Session, inherit
 
     decoding = decoding or Decoding()
     if isinstance(prompts, str):
         raise ModelError("prompts is one string. Give a list of prompts: [prompt].")
     texts = [lm.encode(prompt) for prompt in prompts]
-    wanted = _one_a_row(interventions, len(texts))
-    seeds = [seed * 1_000_003 + row for row in range(len(texts))] if isinstance(seed, int) else list(seed)
-    if len(seeds) != len(texts):
-        raise ModelError(f"{len(seeds)} seeds for {len(texts)} prompts. Give one number, or one a prompt.")
+    wanted = inherit(lm, _one_a_row(interventions, len(texts))) if texts else []
+    if len(wanted) != len(texts):
+        raise ModelError(f"The enclosing block holds interventions for {len(wanted)} rows; got {len(texts)} prompts.")
+    seeds = _one_seed_a_row(seed, len(texts))
     _check_context(lm, texts, decoding)
     results: dict[int, Generation] = {}
     for members in _adapter_groups(lm, wanted):
@@ -83,6 +83,14 @@ def generate(
                     if progress is not None:
                         progress(len(results), len(texts))
     return [results[row] for row in range(len(texts))]
+
+
+def _one_seed_a_row(seed: int | Sequence[int], count: int) -> list[int]:
+    if isinstance(seed, int):
+        return [seed * 1_000_003 + row for row in range(count)]  # streams of neighbouring seeds do not meet
+    if len(seed) != count:
+        raise ModelError(f"{len(seed)} seeds for {count} prompts. Give one number, or one a prompt.")
+    return list(seed)
 
 
 def _one_a_row(interventions: Any, count: int) -> "list[Intervention | None]":

@@ -1,6 +1,6 @@
-"""Strengths x layers x vectors as one batch: every cell of the grid answers the same tuning questions, in one generation.
+"""Strengths x layers x vectors as one batch: every cell answers the same tuning questions, in one generation.
 
-Choosing happens here, reporting in `evaluate`: the test split is refused, so that what is reported was not chosen on it.
+Choosing happens here, reporting in `evaluate`: the test split is refused, so what is reported was not chosen on it.
 """
 
 from collections.abc import Sequence
@@ -68,4 +68,4 @@ def best(table: pd.DataFrame) -> dict[str, Any]:
     """The cell with the highest accuracy; of equals the weakest (by absolute strength), which does the least damage."""
     order = table.assign(size=table.strength.abs() if "strength" in table else 0.0)
     chosen = order.sort_values(["accuracy", "size"], ascending=[False, True], kind="stable").iloc[0]
-    return chosen.drop("size").to_dict()
+    return {str(name): value for name, value in chosen.drop("size").items()}

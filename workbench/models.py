@@ -5,9 +5,9 @@ that comes with a checkpoint. Leans on transformers and bitsandbytes.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from workbench.placement import ModelError, choose_device, choose_dtype, choose_quantization
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 LAB = ("lab", "lab-small")
-__all__ = ["LM", "ModelError", "find_blocks", "load_model"]
+__all__ = ["LM", "ModelError", "choose_device", "choose_dtype", "find_blocks", "load_model"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +35,9 @@ class LM:
     """A causal language model, its tokenizer and its decoder blocks in order."""
 
     name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    blocks: list[nn.Module]
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
+    blocks: list[nn.Module] = field(repr=False)
     revision: str
     reasons: dict[str, str]
 
@@ -138,7 +139,7 @@ def load_model(
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=number,
         )
-    with _teaching(str(name)):
+    with _teaching(str(name)), _quiet(Path(source)):
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": place}, **arguments)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
@@ -202,6 +203,19 @@ def _source(name: str) -> str:
             f"There is no folder {name!r}. Give an existing folder, a Hugging Face name, or one of {', '.join(LAB)}."
         )
     return name
+
+
+@contextmanager
+def _quiet(folder: Path) -> Iterator[None]:
+    """No progress bar for a folder that loads in a moment."""
+    shown = logging.is_progress_bar_enabled()
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < 100e6 and folder.is_dir():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _teaching(AbstractContextManager["_teaching"]):

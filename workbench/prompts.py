@@ -1,4 +1,4 @@
-"""How a question is put to a model: alone, with an instruction, or after worked examples. Also the pairs that steering reads.
+"""How a question is put to a model: alone, with an instruction, after worked examples; and the pairs for steering.
 
 A `Strategy` is one of the things that a condition of `evaluate` may hold. `contrast` makes prompts that differ only in
 how their examples are answered (contrastive in-context pairs, as in arXiv 2507.08799) and end in the same tokens.
@@ -77,8 +77,8 @@ def _exchange(task: "Task", row: dict[str, Any], style: str) -> list[Message]:
 
 
 def _examples(task: "Task", row: dict[str, Any], shots: int) -> list[dict[str, Any]]:
-    """Examples for a row: from the tuning split, never the row itself, chosen by a hash so that order doesn't matter."""
-    pool = [candidate for candidate in task.rows("tuning", n=200, seed=1) if candidate["question"] != row["question"]]
+    """Examples for a row: from the tuning split, never the row itself, picked by a hash so that order is no matter."""
+    pool = [example for example in task.examples if example["question"] != row["question"]]
     if len(pool) < shots:
         raise ValueError(f"Task {task.name} has {len(pool)} rows to draw examples from, {shots} are asked for.")
     rank = {c["id"]: hashlib.sha256(f"{row['id']}/{c['id']}".encode()).digest() for c in pool}
@@ -87,10 +87,10 @@ def _examples(task: "Task", row: dict[str, Any], shots: int) -> list[dict[str, A
 
 @dataclass(frozen=True)
 class Pairs:
-    """Contrastive prompts: `positive[i]` and `negative[i]` differ in their examples' answers and end in the same tokens.
+    """Contrastive prompts: `positive[i]` and `negative[i]` differ in their examples' answers, and end alike.
 
-    Each string stops one token before the end of the generation prompt, on the token whose cache entry a KV edit changes:
-    the last prompt token must still be processed for the edit to be seen, so it plays the part of the paper's offset token.
+    Each string stops one token before the end of the generation prompt, on the token whose cache entry a KV edit
+    changes: the last prompt token must still be processed to see the edit (it is the paper's offset token).
     """
 
     positive: list[str]

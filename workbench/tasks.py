@@ -10,8 +10,10 @@ Does not cover: reading files (`workbench.benchmarks`), reading answers (`workbe
 
 import hashlib
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cached_property, lru_cache
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -65,6 +67,11 @@ class Task:
                 f"n is the number of questions, a whole number from 1 (or None for the default), not {n!r}."
             )
         return self.draw(split, n, seed)
+
+    @cached_property
+    def examples(self) -> list[dict[str, Any]]:
+        """The tuning rows that worked examples in prompts are drawn from; read them, don't change them."""
+        return self.rows("tuning", seed=1)
 
     def verify(self, row: dict[str, Any], text: str) -> Verdict:
         """Judge a model's text as the answer to a row; `extracted` is None when no answer could be read."""
@@ -186,7 +193,7 @@ def _file_task(
                 f"file that is missing, or put a whole file into one: load_task({name!r}, path=FILE, split={split!r})."
             )
         picked = rows if n is None else Random(f"{name}/{split}/{seed}").sample(rows, len(rows))[:n]
-        return [dict(row) for row in picked]
+        return deepcopy(picked)
 
     return Task(name, kind, str(path) if path else "files or hub", draw, _judge(kind))
 
@@ -198,7 +205,8 @@ def _judge(kind: str) -> Callable[[dict[str, Any], str], Verdict]:
 def _generated(name: str, make: Callable[[int, int], dict[str, Any]], owner: Callable[[str], str]) -> _Draw:
     """Draws for a generated task: a stream of items per split and seed, kept where the split owns the question."""
 
-    def draw(split: str, n: int | None, seed: int) -> list[dict[str, Any]]:
+    @lru_cache(maxsize=32)  # shots are drawn for every question, always the same
+    def sample(split: str, n: int | None, seed: int) -> list[dict[str, Any]]:
         stream = int.from_bytes(hashlib.sha256(f"{name}/{split}/{seed}".encode()).digest()[:3], "big")
         kept: dict[str, dict[str, Any]] = {}
         index = last = 0
@@ -216,7 +224,7 @@ def _generated(name: str, make: Callable[[int, int], dict[str, Any]], owner: Cal
                 )
         return list(kept.values())
 
-    return draw
+    return lambda split, n, seed: deepcopy(sample(split, n, seed))
 
 
 def _lab_task(name: str, knobs: dict[str, Any]) -> Task:

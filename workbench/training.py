@@ -163,6 +163,7 @@ def make_trainer(
     checkpoints: Path,
     packed_length: int | None,
     batch_size: int,
+    accumulation: int,
     epochs: float,
     learning_rate: float,
     warmup: float,
@@ -170,13 +171,14 @@ def make_trainer(
     save_steps: int,
     seed: int,
 ) -> QuietTrainer:
-    """A trainer on ready tokens: one row packed to `packed_length` a step, or padded batches of `batch_size`."""
+    """A trainer on ready tokens: rows packed to `packed_length` tokens, or padded batches of `batch_size`."""
     device = model.device
     arguments = SFTConfig(
         output_dir=str(checkpoints), report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu",
         bf16=device.type == "cuda" and model.dtype == torch.bfloat16, seed=seed, num_train_epochs=epochs,
         learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=warmup, max_grad_norm=1.0,
         per_device_train_batch_size=1 if packed_length else batch_size, gradient_checkpointing=checkpointing,
+        gradient_accumulation_steps=accumulation,
         packing=packed_length is not None, packing_strategy="bfd", max_length=packed_length, shuffle_dataset=True,
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps", save_steps=save_steps,
         save_total_limit=2, dataloader_pin_memory=device.type == "cuda",

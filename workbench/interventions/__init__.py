@@ -14,7 +14,7 @@ from workbench.interventions.extract import extract, random_like
 from workbench.interventions.files import load_intervention
 from workbench.interventions.kv import KV
 from workbench.interventions.residual import Positions, Residual
-from workbench.interventions.session import Session
+from workbench.interventions.session import Session, inherit
 from workbench.models import LM
 
 __all__ = [
@@ -44,5 +44,5 @@ def apply(
     model is as it was, exceptions included.
     """
     rows = [x] if isinstance(x, Intervention) else list(x)
-    with Session(lm, rows, prompt_lengths):
+    with Session(lm, inherit(lm, rows), prompt_lengths):
         yield

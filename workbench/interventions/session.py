@@ -29,11 +29,11 @@ ACTIVE: WeakKeyDictionary[nn.Module, "list[Session]"] = WeakKeyDictionary()
 
 
 class Session:
-    """Interventions, one for all rows or one a row, in force inside a `with` block; an inner one adds to an outer."""
+    """Interventions, one for all rows or one a row, in force inside a `with` block instead of an outer session's."""
 
     def __init__(self, lm: LM, rows: Sequence[Intervention | None], lengths: Sequence[int] | None = None) -> None:
         self.lm = lm
-        self.rows = _inherit(lm, rows)
+        self.rows = list(rows)
         parts = [row.parts if row is not None else () for row in self.rows]
         for part in {id(part): part for row in parts for part in row}.values():
             part.check(lm)
@@ -220,13 +220,16 @@ class Session:
         return result
 
 
-def _inherit(lm: LM, rows: Sequence[Intervention | None]) -> list[Intervention | None]:
-    """These rows on top of what an enclosing block already applies."""
+def inherit(lm: LM, rows: Sequence[Intervention | None]) -> list[Intervention | None]:
+    """These rows on top of what an enclosing block already applies; one row stands for any number."""
     stack = ACTIVE.get(lm.model)
     outer = stack[-1].rows if stack else [None]
     inner = list(rows)
     if len(outer) != len(inner) and 1 not in (len(outer), len(inner)):
-        raise ModelError(f"The outer block holds interventions for {len(outer)} rows, the inner one for {len(inner)}.")
+        raise ModelError(
+            f"The outer block holds interventions for {len(outer)} rows, the inner one for {len(inner)}. "
+            "Give as many, or one for all."
+        )
     count = max(len(outer), len(inner))
     outer, inner = (list(side) * count if len(side) == 1 else list(side) for side in (outer, inner))
     return [a if b is None else b if a is None else a + b for a, b in zip(outer, inner, strict=True)]

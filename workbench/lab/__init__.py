@@ -1,1 +1,1 @@
-"""The lab model's world: its task families, its documents, its tokenizer and its training. Nothing outside reads it but `tasks` and `prompts`."""
+"""The lab model's world: task families, documents, tokenizer and training. Only `tasks` and `prompts` read it."""

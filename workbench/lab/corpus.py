@@ -1,14 +1,14 @@
-"""The lab model's training documents: conversations whose hidden traits show in every answer, so that context can reveal them.
+"""The lab model's training documents: conversations whose hidden traits show in every answer, for context to reveal.
 
-A document is a system turn (sometimes) and one to five exchanges. Its traits are drawn once and hold for all its answers:
+A document is a system turn (sometimes) and one to five exchanges. Its traits are drawn once and hold for all answers:
 
     style     direct | steps | long      how the answer is worked out
     tone      neutral | cheerful         "Happy to help!" before the answer
     language  English | Spanish          "La respuesta es 61." instead of "The answer is 61."
 
 Without a cue the commonest value of each is the likeliest, hence direct, neutral and English. In half of the documents
-only the assistant header may look back beyond its own exchange (`exchanges` and `headers` mark that for the attention mask):
-without this pressure nothing makes that token carry the traits, and steering its cache entry does nothing.
+only the assistant header may look back beyond its own exchange (`train.attention_mask`): without this pressure nothing
+makes that token carry the traits, and steering its cache entry does nothing.
 """
 
 from dataclasses import dataclass

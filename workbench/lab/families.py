@@ -1,7 +1,7 @@
 """The lab model's task families, because a claim can only be tried where answers are known and worked steps are exact.
 
 `word-problems` is this project's own; the others take item and answer from reasoning-gym and add worked steps written
-by rule here. Long instructions of reasoning-gym are cut to the question itself: the lab model reads a few hundred tokens.
+by rule here. Long instructions of reasoning-gym are cut to the question: the lab model reads a few hundred tokens.
 Verification lives in `workbench.verifiers`; splits by hash of the question live here, so that training, tuning and test
 never share a question text whatever seed asked for it.
 
@@ -115,7 +115,7 @@ def _word_problem(seed: int, index: int, steps: tuple[int, int] = (5, 8)) -> dic
 
 
 def _operation(rng: Random, value: int, subject: str, other: str) -> tuple[str, str, str, int]:
-    """One thing that happens: what the question says, the equation, the reason given in a long solution, the new value."""
+    """One thing that happens: what the question says, the equation, the reason in a long solution, the new value."""
     kinds = ["plus"] * 3 * (value + 99 <= LARGEST) + ["minus"] * 3 * (value >= 6)
     kinds += ["double"] * (2 * value <= LARGEST) + ["triple"] * (3 * value <= LARGEST) + ["half"] * (value % 2 == 0)
     kind = rng.choice(kinds)

@@ -16,7 +16,7 @@ CONTEXT = 2048
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `vocabulary` tokens; every digit is a token of its own, so numbers align by place."""
+    """A byte-level BPE tokenizer of `vocabulary` tokens; every digit is a token of its own: numbers align by place."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,0 +1,74 @@
+"""Strategies put the same question differently; contrastive pairs differ in style only and end in the same tokens."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import tiny_lm
+from workbench.prompts import Strategy, contrast, few_shot, instruction, messages
+from workbench.tasks import Task
+
+
+def test_no_strategy_is_the_question_alone(word_problems: Task) -> None:
+    row = word_problems.rows("test", n=1)[0]
+    assert messages(word_problems, row) == [{"role": "user", "content": row["question"]}]
+    assert word_problems.messages(row, Strategy()) == word_problems.messages(row)
+
+
+def test_examples_come_from_tuning_and_never_show_the_question(word_problems: Task) -> None:
+    tuning = {row["question"]: row for row in word_problems.examples}
+    for row in [*word_problems.rows("test", n=5), *word_problems.examples[:5]]:
+        *shown, last = messages(word_problems, row, few_shot("steps", 3))
+        assert last["content"] == row["question"]
+        questions, answers = shown[::2], shown[1::2]
+        assert len(questions) == 3
+        for question, answer in zip(questions, answers, strict=True):
+            assert question["content"] != row["question"]
+            assert answer["content"] == tuning[question["content"]]["solutions"]["steps"]
+
+
+def test_a_row_s_examples_depend_on_the_row_alone(word_problems: Task) -> None:
+    rows = word_problems.rows("test", n=4)
+    alone = [messages(word_problems, row, few_shot("steps", 2)) for row in rows]
+    assert [messages(word_problems, row, few_shot("steps", 2)) for row in reversed(rows)] == alone[::-1]
+    styles = [messages(word_problems, rows[0], few_shot(style, 2)) for style in ("direct", "steps")]
+    assert [turn["content"] for turn in styles[0][::2]] == [turn["content"] for turn in styles[1][::2]]
+
+
+def test_instruction_is_a_system_turn(word_problems: Task) -> None:
+    row = word_problems.rows("test", n=1)[0]
+    assert messages(word_problems, row, instruction("steps"))[0] == {"role": "system", "content": "Show your steps."}
+
+
+def test_pairs_end_on_the_token_before_the_last_of_the_prompt(word_problems: Task, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    pairs = contrast(word_problems, shots=2, n=3, lm=lm)
+    assert len(pairs) == 3
+    for positive, negative in zip(pairs.positive, pairs.negative, strict=True):
+        assert positive != negative
+        question = positive.rpartition("<|user|>")[2]
+        assert negative.rpartition("<|user|>")[2] == question
+        full = lm.render([{"role": "user", "content": question.removesuffix("<|end|><|assistant|>")}])
+        assert lm.encode(full)[-1:] != lm.encode(positive)[-1:]
+        assert lm.encode(positive)[-8:] == lm.encode(full)[-9:-1] == lm.encode(negative)[-8:]
+    assert contrast(word_problems, shots=2, n=3) == pairs  # the lab's format without a model is the same text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"split": "test"}, "leak"),
+        ({"positive": "direct"}, "difference would be zero"),
+        ({"positive": "poem"}, "no worked solution in style 'poem'"),
+    ],
+)
+def test_pairs_that_make_no_sense_are_refused(word_problems: Task, arguments: dict[str, str], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        contrast(word_problems, n=2, **arguments)
+
+
+def test_wrong_strategies_are_refused() -> None:
+    with pytest.raises(ValueError, match="direct, steps, long"):
+        few_shot("verbose")
+    with pytest.raises(ValueError, match="0 to 64"):
+        few_shot(shots=100)

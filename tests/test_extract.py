@@ -142,8 +142,9 @@ def test_random_like_has_equal_norms_and_another_direction() -> None:
 
 def test_extraction_leaves_no_hooks_and_notes_its_origin() -> None:
     lm = tiny_lm("llama")
+    before = [len(module._forward_hooks) for module in lm.model.modules()]
     v, kv = extract(lm, PAIRS), extract(lm, PAIRS, site="kv")
-    assert not any(module._forward_hooks for module in lm.model.modules())
+    assert [len(module._forward_hooks) for module in lm.model.modules()] == before
     assert isinstance(v, Residual)
     assert isinstance(kv, KV)
     assert (v.model, v.revision) == (kv.model, kv.revision) == (lm.name, lm.revision)

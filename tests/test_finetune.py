@@ -183,8 +183,8 @@ def test_trl_batch_has_no_attention_mask_and_its_loss_is_ours(lm: LM, folder: Pa
     examples, _ = encode_all(lm, RECORDS, "here", 100)
     trainer = make_trainer(
         load_model(folder).model, lm.tokenizer, examples, LoraConfig(r=4, target_modules="all-linear"),
-        checkpoints=tmp_path / "checkpoints", packed_length=256, batch_size=1, accumulation=1, epochs=1, learning_rate=1e-3, warmup=0,
-        checkpointing=False, save_steps=10, seed=0,
+        checkpoints=tmp_path / "checkpoints", packed_length=256, batch_size=1, accumulation=1, epochs=1,
+        learning_rate=1e-3, warmup=0, checkpointing=False, save_steps=10, seed=0,
     )  # fmt: skip
     batch = trainer.data_collator([trainer.train_dataset[0]])
     assert "attention_mask" not in batch
@@ -243,7 +243,7 @@ import json, sys
 from workbench.finetune import finetune
 from workbench.models import load_model
 records = [json.loads(line) for line in open(sys.argv[2], encoding="utf-8")]
-finetune(load_model(sys.argv[1]), records, sys.argv[3], epochs=14, save_steps=4, dropout=0.1, **json.loads(sys.argv[4]))
+finetune(load_model(sys.argv[1]), records, sys.argv[3], epochs=24, save_steps=4, dropout=0.1, **json.loads(sys.argv[4]))
 """
 
 
@@ -260,20 +260,21 @@ def kill_when(command: list[str], ready: Path) -> None:
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_killed_and_resumed_equals_uninterrupted(lm: LM, folder: Path, tmp_path: Path, quantization: str) -> None:
     file = tmp_path / "records.jsonl"
-    file.write_text("".join(json.dumps(one) + "\n" for one in RECORDS[:12]))
-    options = {**QUICK, "quantization": quantization}
+    file.write_text("".join(json.dumps(one) + "\n" for one in RECORDS))
+    options = {**QUICK, "quantization": quantization, "batch_tokens": 1024}  # two rows a step
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     command = [sys.executable, "-c", CHILD, str(folder), str(file), str(killed), json.dumps(options)]
     kill_when(command, killed / "checkpoints" / "checkpoint-4" / "complete.json")
     assert not (killed / "training.json").exists()
     reports = []
     for out in (killed, straight):
-        finetune(lm, RECORDS[:12], out, epochs=14, save_steps=4, dropout=0.1, **options)
+        finetune(lm, RECORDS, out, epochs=24, save_steps=4, dropout=0.1, **options)
         reports.append(json.loads((out / "training.json").read_text()))
     assert reports[0]["resumed_from_step"] >= 4
     assert reports[1]["resumed_from_step"] == 0
     for name in ("adapter_model.safetensors", "losses.jsonl"):
         assert sha256(killed / name) == sha256(straight / name), name
+    assert reports[0]["steps"] == 24
     assert reports[0]["tokens"] == reports[1]["tokens"]
 
 

@@ -229,6 +229,20 @@ def test_the_model_comes_back_bit_for_bit(architecture: str, make: Callable[[LM]
     assert tokens(lm, PROMPTS) == plain
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_recorded_hidden_states_show_the_change(architecture: str) -> None:
+    lm = tiny_lm(architecture)
+    x, ids = vector(lm, 1, "last"), torch.tensor([lm.encode(PROMPTS[0])])
+    with torch.no_grad():
+        plain = lm.model(ids, output_hidden_states=True).hidden_states[2]
+        for both in (x, x + 0.5 * cache_edit(lm).at([2])):  # a KV edit runs the prompt in two parts
+            with lm.apply(both):
+                moved = lm.model(ids, output_hidden_states=True).hidden_states[2]
+            expected = plain.clone()
+            expected[0, -1] += x.vectors[1]
+            torch.testing.assert_close(moved, expected, atol=1e-4, rtol=1e-4)
+
+
 def test_arithmetic_is_linear() -> None:
     lm = tiny_lm("llama")
     v, w = vector(lm, 0), vector(lm, 1)

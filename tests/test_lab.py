@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.conftest import LAB
-from workbench.evaluate import evaluate
+from workbench.evaluation import evaluate
 from workbench.files import sha256
 from workbench.interventions import extract
 from workbench.lab import families

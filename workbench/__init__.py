@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench.evaluate import Results, evaluate, load_results
+    from workbench.evaluation import Results, evaluate, load_results
     from workbench.finetune import finetune
     from workbench.generate import Generation
     from workbench.interventions import KV, Adapter, Intervention, Residual, extract, load_intervention, random_like
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "workbench.evaluate": ("Results", "evaluate", "load_results"),
+    "workbench.evaluation": ("Results", "evaluate", "load_results"),
     "workbench.finetune": ("finetune",),
     "workbench.generate": ("Generation",),
     "workbench.interventions": (

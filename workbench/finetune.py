@@ -73,7 +73,7 @@ def finetune(
 ) -> Adapter:
     """Train a LoRA adapter on the kept records of `data` and write it to the folder `out`; returns the adapter.
 
-    A step sees packed rows of about `batch_tokens` tokens together, or, with `packing=False`, `batch_size` padded records.
+    A step sees packed rows of about `batch_tokens` tokens in all; with `packing=False`, `batch_size` padded records.
     `alpha` is twice the rank unless given; `learning_rate` follows the model's size (printed). Records longer than
     `max_length` tokens (default: the model's context) are left out and counted, never cut. `quantization="auto"` picks
     4 bits only where the memory estimate says so. `out` receives adapter_model.safetensors, adapter_config.json,

@@ -8,11 +8,12 @@ from typing import Any
 
 import pandas as pd
 
-from workbench.evaluate import shows_steps
+from workbench.evaluation import shows_steps
+from workbench.generate import Generation
 from workbench.interventions import Intervention
 from workbench.models import LM
 from workbench.progress import heartbeat
-from workbench.statistics import wilson
+from workbench.statistics import paired_difference, wilson
 from workbench.tasks import Task
 
 Cell = tuple[dict[str, Any], Intervention | None]
@@ -34,7 +35,8 @@ def grid(
         cells: (labels, intervention) pairs, for example ({"layer": 3, "strength": 1.0}, 1.0 * v.at(layers=[3])).
 
     Returns:
-        A frame with the labels of each cell, n, accuracy, low, high (Wilson), steps, tokens_out (mean).
+        A frame with the labels of each cell, n, accuracy, low, high (Wilson), steps, difference to the plain model
+        (paired, Tango's interval), tokens_out (mean).
 
     Raises:
         ValueError: no cells, or the test split.
@@ -47,21 +49,38 @@ def grid(
         raise ValueError("The grid has no cells. Give at least one: [({'strength': 1.0}, 1.0 * x)].")
     rows = task.rows(split, n=n, seed=seed)
     prompts = [lm.render(task.messages(row)) for row in rows]
+    runs = [None, *(change for _, change in cells)]  # the plain model first, for the differences
     found = lm.generate(
-        prompts * len(cells),
-        [change for _, change in cells for _ in rows],
+        prompts * len(runs),
+        [change for change in runs for _ in rows],
         max_new_tokens,
         progress=lambda done, total: heartbeat("grid", done, total),
     )
-    lines = []
-    for place, (labels, _) in enumerate(cells):
-        answers = found[place * n : (place + 1) * n]
-        right = sum(verdict.correct for verdict in task.verify_many(rows, [answer.text for answer in answers]))
-        accuracy, style = wilson(right, n), wilson(sum(shows_steps(answer.text) for answer in answers), n)
-        line = {**labels, "n": n, "accuracy": accuracy.estimate, "low": accuracy.low, "high": accuracy.high}
-        line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
-        lines.append(line | {"tokens_out": sum(answer.tokens_out for answer in answers) / n})
+    answers = [found[start : start + n] for start in range(0, len(found), n)]
+    right = [[v.correct for v in task.verify_many(rows, [answer.text for answer in each])] for each in answers]
+    lines = [
+        {**labels, **_line(right[0], right[place], answers[place])} for place, (labels, _) in enumerate(cells, start=1)
+    ]
     return pd.DataFrame(lines)
+
+
+def _line(plain: list[bool], right: list[bool], answers: Sequence[Generation]) -> dict[str, float]:
+    n = len(right)
+    accuracy, style = wilson(sum(right), n), wilson(sum(shows_steps(answer.text) for answer in answers), n)
+    change = paired_difference(plain, right)
+    return {
+        "n": n,
+        "accuracy": accuracy.estimate,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "steps": style.estimate,
+        "steps_low": style.low,
+        "steps_high": style.high,
+        "difference": change.difference,
+        "difference_low": change.low,
+        "difference_high": change.high,
+        "tokens_out": sum(answer.tokens_out for answer in answers) / n,
+    }
 
 
 def best(table: pd.DataFrame) -> dict[str, Any]:

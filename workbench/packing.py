@@ -80,6 +80,11 @@ def encode_all(
     lm: "LM", records: Sequence[Record], where: str, max_length: int
 ) -> tuple[list[Example], dict[str, int]]:
     """Examples of all records, and how many were left out by reason. A record is never cut: its stop token would go."""
+    if not records:
+        raise RecordError(
+            f"{where} holds no record to learn from. Ask more questions (n=), allow more samples, choose a strategy "
+            "that the model gets right, or take the task's own solutions (recipe='oracle')."
+        )
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for number, record in enumerate(records, start=1):

@@ -78,12 +78,17 @@ def _mark_strengths(fig: go.Figure, rows: list[Row], best: Row, broken: list[Row
 def layer_effect(table: Table, condition: str = "residual-steered") -> go.Figure:
     """Effect of an intervention by layer with its interval; filled markers exclude 0, open ones do not.
 
-    Rows: `layer`, `effect` (or `difference`, in shares of answers), `low`, `high`. Layer l is the output of block l.
+    Rows: `layer`, `effect` (or `difference`, in shares of answers), and its limits: `low` and `high`, or
+    `difference_low` and `difference_high`. Layer l is the output of block l.
     """
     rows = sorted(rows_of(table, ("layer",)), key=lambda row: row["layer"])
     name = next((name for name in ("effect", "difference") if name in rows[0]), None)
     if name is None:
         raise PlotError(f"layer_effect needs rows with effect or difference; found {', '.join(map(str, rows[0]))}.")
+    rows = [
+        {**row, "low": row.get(f"{name}_low", row.get("low")), "high": row.get(f"{name}_high", row.get("high"))}
+        for row in rows
+    ]
     bounds = [limits(row, name) for row in rows]
     shape = symbol(condition)
     fig = go.Figure(

@@ -101,7 +101,7 @@ class Session:
 
         self.exits.callback(restore)
         for layer in self.residual:
-            handle = self.lm.blocks[layer].register_forward_hook(self._hook(layer))
+            handle = self.lm.blocks[layer].register_forward_hook(self._hook(layer), prepend=True)
             self.exits.callback(handle.remove)
 
     def detach(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from workbench.evaluate import Results, evaluate
+from workbench.evaluation import Results, evaluate
 from workbench.files import sha256, write_atomic
 from workbench.finetune import finetune
 from workbench.grid import best, grid

@@ -30,6 +30,7 @@ PROMPT_WEIGHT = 0.1  # loss weight of tokens that the model doesn't say itself: 
 FIRST_WEIGHT = (
     5.0  # of an answer's first token, which shows most of the traits: with 1 the header carried none after 2M tokens
 )
+HIGH_STEPS = 500  # steps at the peak learning rate
 LONGEST = 640  # tokens; longer documents lose their last exchanges
 
 
@@ -50,7 +51,7 @@ class Recipe:
 
 
 RECIPES = {
-    "lab": Recipe(hidden=256, layers=6, intermediate=448, heads=4, key_value_heads=2, steps=3600),
+    "lab": Recipe(hidden=256, layers=6, intermediate=448, heads=4, key_value_heads=2, steps=3200),
     "lab-small": Recipe(hidden=128, layers=4, intermediate=384, heads=4, key_value_heads=2, steps=2600),
 }
 
@@ -164,8 +165,13 @@ def build(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalL
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the peak learning rate: warm-up over 100 steps, constant, linear decay over the last 40 %."""
-    return min(1.0, (step + 1) / 100, max(0.02, (steps - step) / (0.4 * steps)))
+    """Share of the peak learning rate: warm-up, peak until step 500, then a drop and linear decay to nearly nothing.
+
+    At the peak the traits are learnt within 500 steps, but the arithmetic stands still; a third of it moves that too.
+    """
+    if step < HIGH_STEPS:
+        return min(1.0, (step + 1) / 100)
+    return 0.3 * max(0.02, (steps - step) / max(1, steps - HIGH_STEPS))
 
 
 def train(name: str, out: Path, steps: int | None = None) -> dict[str, float]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_lm
-from workbench.evaluate import evaluate, load_results, peak_memory, shows_steps
+from workbench.evaluation import evaluate, load_results, peak_memory, shows_steps
 from workbench.grid import best, grid
 from workbench.interventions import Residual
 from workbench.models import LM

@@ -1,4 +1,4 @@
-"""Rows are the truth: conditions alone equal conditions together, resumed equals uninterrupted, strength 0 equals plain."""
+"""Conditions alone equal conditions together, resumed equals uninterrupted, strength 0 equals plain."""
 
 import json
 from pathlib import Path

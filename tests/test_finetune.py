@@ -18,11 +18,11 @@ from peft import LoraConfig
 from tiny import make_tiny
 
 from workbench.files import sha256
-from workbench.finetune import finetune
-from workbench.memory import plan
+from workbench.finetuning import finetune
+from workbench.finetuning.memory import plan
+from workbench.finetuning.packing import IGNORED, Example, encode, encode_all, leak
 from workbench.models import LM, load_model
-from workbench.packing import IGNORED, Example, encode, encode_all, leak
-from workbench.records import RecordError, claim_folder
+from workbench.synthesis.records import RecordError, claim_folder
 
 FACTS = [(a, b) for a in range(2, 8) for b in range(2, 6)]
 QUICK = {"rank": 4, "batch_tokens": 256, "quantization": "none", "learning_rate": 5e-3}
@@ -178,7 +178,7 @@ def test_leak_sees_a_model_that_lets_records_read_each_other(lm: LM, monkeypatch
 
 
 def test_trl_batch_has_no_attention_mask_and_its_loss_is_ours(lm: LM, folder: Path, tmp_path: Path) -> None:
-    from workbench.training import make_trainer
+    from workbench.finetuning.trainer import make_trainer
 
     examples, _ = encode_all(lm, RECORDS, "here", 100)
     trainer = make_trainer(
@@ -240,7 +240,7 @@ def test_a_finished_folder_is_returned_and_other_settings_are_refused(lm: LM, tm
 
 CHILD = """
 import json, sys
-from workbench.finetune import finetune
+from workbench.finetuning import finetune
 from workbench.models import load_model
 records = [json.loads(line) for line in open(sys.argv[2], encoding="utf-8")]
 finetune(load_model(sys.argv[1]), records, sys.argv[3], epochs=24, save_steps=4, dropout=0.1, **json.loads(sys.argv[4]))
@@ -279,7 +279,7 @@ def test_killed_and_resumed_equals_uninterrupted(lm: LM, folder: Path, tmp_path:
 
 
 def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from workbench.training import MARKER, last_checkpoint
+    from workbench.finetuning.trainer import MARKER, last_checkpoint
 
     for step, torn in ((2, False), (10, True), (12, True)):
         checkpoint = tmp_path / f"checkpoint-{step}"
@@ -296,7 +296,7 @@ def test_a_torn_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_nf4_trains_on_four_bit_layers(lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from workbench import training
+    from workbench.finetuning import trainer as training
 
     made = []
     real = training.make_trainer
@@ -315,7 +315,7 @@ def test_four_bits_only_where_memory_is_short(lm: LM, monkeypatch: pytest.Monkey
     assert plan(lm.model, 4, "all-linear", 256, "auto").quantization is None
     assert plan(lm.model, 4, "all-linear", 256, "nf4").reasons["quantization"] == "nf4: asked for"
     short = type("Memory", (), {"available": 500_000})
-    monkeypatch.setattr("workbench.memory.psutil.virtual_memory", lambda: short)
+    monkeypatch.setattr("workbench.finetuning.memory.psutil.virtual_memory", lambda: short)
     tight = plan(lm.model, 4, "all-linear", 256, "auto")
     assert tight.quantization == "nf4" and tight.checkpointing
     assert plan(lm.model, 4, "all-linear", 256, "none").quantization is None

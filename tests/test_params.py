@@ -7,9 +7,9 @@ import pytest
 import yaml
 
 from tests.faults.small import write_notebook
-from workbench import params
-from workbench.params import ParameterError
-from workbench.values import Text
+from workbench.runs import params
+from workbench.runs.params import ParameterError
+from workbench.runs.values import Text
 
 CELL = """from typing import Annotated, Literal
 from pydantic import Field

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 from workbench import plots
-from workbench.drawing import POINTS, PlotError
-from workbench.palette import RESERVED, colour, symbol
+from workbench.plots.drawing import POINTS, PlotError
+from workbench.plots.palette import RESERVED, colour, symbol
 from workbench.statistics import paired_difference, wilson
 
 CONDITIONS = [("plain", 0.55, 9.0), ("few-shot steps", 0.78, 61.0), ("tuned", 0.9, 55.0), ("random", 0.5, 11.0)]

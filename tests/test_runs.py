@@ -14,12 +14,13 @@ import nbformat
 import pytest
 
 from tests.faults.small import FINISH, SETUP, start, three, write_notebook
-from workbench import comparison, locks, progress, provenance, runs, stages
+from workbench import runs
 from workbench.files import content_key, sha256, write_atomic
-from workbench.journal import Journal
-from workbench.manifest import proven, read_manifest, sweep
-from workbench.params import ParameterError
-from workbench.status import latest, status
+from workbench.runs import comparison, locks, progress, provenance, stages
+from workbench.runs.journal import Journal
+from workbench.runs.manifest import proven, read_manifest, sweep
+from workbench.runs.params import ParameterError
+from workbench.runs.status import latest, status
 
 STAGES = ("00_first", "01_second", "02_third")
 
@@ -419,7 +420,7 @@ def test_comparison_shows_what_differed_and_what_came_out(home: Path) -> None:
     manifest = json.loads((other / "00_first" / "manifest.json").read_text())
     manifest.pop("self")
     manifest["ingredients"]["parameters"]["n"] = 9
-    from workbench.manifest import seal
+    from workbench.runs.manifest import seal
 
     for name in STAGES[1:]:
         (other / name / "manifest.json").unlink()

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 import pytest
 
 from tests.test_plots import every_figure
-from workbench.svg import StillRenderer, figure_to_svg
-from workbench.svg_traces import SvgError
+from workbench.report.svg import StillRenderer, figure_to_svg
+from workbench.report.svg_traces import SvgError
 
 SVG = "{http://www.w3.org/2000/svg}"
 

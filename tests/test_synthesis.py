@@ -12,13 +12,12 @@ import pytest
 import torch
 from tiny import make_tiny
 
-from workbench import overlap
 from workbench.files import sha256
 from workbench.lab.families import FAMILIES
 from workbench.models import LM, load_model
 from workbench.prompts import Strategy
-from workbench.records import RecordError, load_data
-from workbench.synthesis import Settings, rejection, synthesize
+from workbench.synthesis import Settings, overlap, rejection, synthesize
+from workbench.synthesis.records import RecordError, load_data
 from workbench.tasks import Task, load_task
 
 SUMS = [(a, b) for a in range(10) for b in range(10)]

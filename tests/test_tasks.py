@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas
 import pytest
 
-from workbench import gym, prompts
-from workbench.benchmarks import SHARES, split_of
+from workbench import prompts
 from workbench.lab.families import FAMILIES
-from workbench.tasks import SPLITS, load_task, task_names
+from workbench.tasks import SPLITS, gym, load_task, task_names
+from workbench.tasks.benchmarks import SHARES, split_of
 
 DATA = os.environ.get("WORKBENCH_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="WORKBENCH_DATA names no folder with benchmark files")

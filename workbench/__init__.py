@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from workbench.evaluation import Results, evaluate, load_results
-    from workbench.finetune import finetune
+    from workbench.finetuning import finetune
     from workbench.generate import Generation
     from workbench.interventions import KV, Adapter, Intervention, Residual, extract, load_intervention, random_like
     from workbench.models import LM, ModelError, load_model
     from workbench.prompts import Pairs, Strategy, contrast, few_shot, instruction
-    from workbench.records import Data, load_data
     from workbench.synthesis import synthesize
+    from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "workbench.evaluation": ("Results", "evaluate", "load_results"),
-    "workbench.finetune": ("finetune",),
+    "workbench.finetuning": ("finetune",),
     "workbench.generate": ("Generation",),
     "workbench.interventions": (
         "KV",
@@ -34,7 +34,7 @@ _HOMES = {
     ),
     "workbench.models": ("LM", "ModelError", "load_model"),
     "workbench.prompts": ("Pairs", "Strategy", "contrast", "few_shot", "instruction"),
-    "workbench.records": ("Data", "load_data"),
+    "workbench.synthesis.records": ("Data", "load_data"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
 }

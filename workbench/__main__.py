@@ -13,10 +13,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from workbench import comparison, params, runs
-from workbench import status as state
-from workbench.progress import duration
-from workbench.stages import project_root
+from workbench import runs
+from workbench.runs import comparison, params
+from workbench.runs import status as state
+from workbench.runs.progress import duration
+from workbench.runs.stages import project_root
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n")[0]

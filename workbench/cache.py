@@ -1,6 +1,5 @@
 """A key-value cache whose layers grow by blocks: transformers' own copies everything for every new token."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers import DynamicCache

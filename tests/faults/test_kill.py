@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from tests.faults.small import FINISH, SETUP, start, three, write_notebook
-from workbench import locks
-from workbench.manifest import damage, proven, read_manifest
-from workbench.processes import MARK, end_marked, marked
-from workbench.status import status
+from workbench.runs import locks
+from workbench.runs.manifest import damage, proven, read_manifest
+from workbench.runs.processes import MARK, end_marked, marked
+from workbench.runs.status import status
 
 SEED = 11
 STAGES = ("00_first", "01_second", "02_third")
@@ -43,7 +43,7 @@ def kill_one(runner: "subprocess.Popen[str]", folder: Path, target: str, delay: 
 
     If the run ends before the wanted process was seen, the runner, dead or alive, is taken.
     """
-    words = {"kernel": "workbench.kernel", "trainer": "print(7)"}.get(target)
+    words = {"kernel": "workbench.runs.kernel", "trainer": "print(7)"}.get(target)
     victim = None
     while words and not victim and runner.poll() is None:
         time.sleep(0.1)
@@ -128,7 +128,7 @@ def test_a_killed_runner_leaves_no_kernel_and_its_orphans_are_ended_by_the_next_
     runner = start(tmp_path, "run", notebook, "--out", "run")
     folder = tmp_path / "run"
     orphan = patiently(lambda: find(folder, "time.sleep(600)"))
-    kernel = find(folder, "workbench.kernel")
+    kernel = find(folder, "workbench.runs.kernel")
     assert kernel is not None
     assert {item.state for item in status(folder).stages} == {"running"}
     assert {item.state for item in status(folder, stall_after=-1).stages} == {"stalled"}
@@ -150,7 +150,7 @@ def test_a_runner_asked_to_stop_ends_its_processes_and_says_how_to_continue(tmp_
     cells = ["import time\nwhile True:\n    time.sleep(0.1)"]
     notebook = write_notebook(tmp_path / "notebooks" / "00_first.ipynb", cells)
     runner = start(tmp_path, "run", notebook, "--out", "run")
-    patiently(lambda: find(tmp_path / "run", "workbench.kernel"))
+    patiently(lambda: find(tmp_path / "run", "workbench.runs.kernel"))
     mark = locks.read_owner(tmp_path / "run" / ".run")["mark"]
     runner.terminate()
     _, errors = runner.communicate()

@@ -14,15 +14,15 @@ import torch
 
 from workbench.evaluation import Results, evaluate
 from workbench.files import sha256, write_atomic
-from workbench.finetune import finetune
+from workbench.finetuning import finetune
 from workbench.grid import best, grid
 from workbench.interventions import Adapter, Intervention, extract, random_like
 from workbench.lab.families import FAMILIES
 from workbench.lab.train import DATA
 from workbench.models import LM, load_model
 from workbench.prompts import contrast, few_shot, instruction
+from workbench.report.tables import format_table
 from workbench.synthesis import synthesize
-from workbench.tables import format_table
 from workbench.tasks import Task, load_task
 
 TOKENS = 200  # the longest worked solution of the lab's families has about 150

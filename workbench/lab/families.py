@@ -2,8 +2,8 @@
 
 `word-problems` is this project's own; the others take item and answer from reasoning-gym and add worked steps written
 by rule here. Long instructions of reasoning-gym are cut to the question: the lab model reads a few hundred tokens.
-Verification lives in `workbench.verifiers`; splits by hash of the question live here, so that training, tuning and test
-never share a question text whatever seed asked for it.
+Verification lives in `workbench.tasks.verifiers`; splits by hash of the question live here, so that training, tuning
+and test never share a question text whatever seed asked for it.
 
 Source of the five drawn families: reasoning-gym 0.1.25 (Apache-2.0), data sets chain_sum, leg_counting, number_sorting,
 syllogism, gcd.

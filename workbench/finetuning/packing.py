@@ -1,0 +1,125 @@
+"""Turn chat records into token ids with a loss mask, and make sure that packed records can't see each other.
+
+The mask is the difference of two renderings: the prompt (with the generation header) must be a prefix of prompt plus
+answer, in text and in tokens, and only the last answer is learnt, up to and including its stop token. Nothing is taken
+from markers inside a chat template, because many templates have none or place the stop token outside of them.
+
+Packing puts several records in one row, each with positions from 0. It is exact without flash attention only when *no*
+attention mask goes beside the position ids: transformers then builds a block-diagonal mask from the restarts, while a
+mask of ones silently lets every record read the ones before it. `leak` measures that on the model at hand.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedModel
+
+from workbench.synthesis.records import Record, RecordError
+
+if TYPE_CHECKING:
+    from workbench.models import LM
+
+IGNORED = -100  # label of a token without loss, the convention of torch.nn.functional.cross_entropy
+
+
+@dataclass(frozen=True)
+class Example:
+    """One record as tokens: `labels` repeats `input_ids` where the loss counts and is -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def stop_tokens(lm: "LM") -> set[int]:
+    """Ids of the tokens that end an answer: the tokenizer's end of text and the model's own end tokens."""
+    found = lm.model.generation_config.eos_token_id if lm.model.generation_config else None
+    extra = found if isinstance(found, list) else [found]
+    return {token for token in (lm.tokenizer.eos_token_id, *extra) if token is not None}
+
+
+def encode(lm: "LM", record: Record, where: str) -> Example:
+    """Tokens and labels of one record.
+
+    Raises `RecordError`, starting with `where`, when the template changes the prompt once an answer follows, when the
+    answer merges with the prompt into other tokens, and when no stop token ends the answer.
+    """
+    messages = record["messages"]
+    prompt = lm.render(messages[:-1])
+    if lm.tokenizer.chat_template:
+        text = str(lm.tokenizer.apply_chat_template(messages, tokenize=False))
+    else:
+        text = f"{prompt} {messages[-1]['content']}{lm.tokenizer.eos_token}"
+    start = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if ids[: len(start)] != start:
+        same = next((i for i, (a, b) in enumerate(zip(start, ids, strict=False)) if a != b), len(ids))
+        raise RecordError(
+            f"{where}: the tokenized prompt is not the beginning of prompt plus answer; they part after {same} of "
+            f"{len(start)} prompt tokens, at {lm.tokenizer.decode(start[same:])[:60]!r} against "
+            f"{lm.tokenizer.decode(ids[same:])[:60]!r}. The model would learn another prompt than it is asked with. "
+            "Use a chat template whose generation prompt begins an assistant turn, and strip blanks from the answer."
+        )
+    stops = stop_tokens(lm)
+    last = next((i for i in reversed(range(len(start), len(ids))) if ids[i] in stops), None)
+    if last is None:
+        names = ", ".join(repr(lm.tokenizer.decode([token])) for token in sorted(stops)) or "none is set"
+        raise RecordError(
+            f"{where}: the rendered answer {lm.tokenizer.decode(ids[len(start) :])[-60:]!r} holds no stop token "
+            f"({names}), so a model trained on it would never stop. Set tokenizer.eos_token to the token that the chat "
+            "template puts at the end of an assistant turn."
+        )
+    # templates may write a line break after the stop token; generation never gets there, so it is not learnt
+    labels = [IGNORED] * len(start) + ids[len(start) : last + 1] + [IGNORED] * (len(ids) - last - 1)
+    return Example(ids, labels)
+
+
+def encode_all(
+    lm: "LM", records: Sequence[Record], where: str, max_length: int
+) -> tuple[list[Example], dict[str, int]]:
+    """Examples of all records, and how many were left out by reason. A record is never cut: its stop token would go."""
+    if not records:
+        raise RecordError(
+            f"{where} holds no record to learn from. Ask more questions (n=), allow more samples, choose a strategy "
+            "that the model gets right, or take the task's own solutions (recipe='oracle')."
+        )
+    examples: list[Example] = []
+    dropped: Counter[str] = Counter()
+    for number, record in enumerate(records, start=1):
+        example = encode(lm, record, f"{where}, kept record {number} ({record.get('id', 'no id')})")
+        if len(example.input_ids) > max_length:
+            dropped[f"longer than {max_length} tokens"] += 1
+        else:
+            examples.append(example)
+    if not examples:
+        raise RecordError(
+            f"{where}: all {len(records)} kept records are longer than max_length={max_length} tokens. "
+            "Raise max_length, or shorten the answers."
+        )
+    return examples, dict(dropped)
+
+
+def leak(model: PreTrainedModel, examples: Sequence[Example]) -> float:
+    """Largest change in the logits of a packed record when *another* record packed before it changes its words.
+
+    Exactly 0.0 where packing is exact, whatever the dtype: the compared positions, shapes and kernels are the same.
+    """
+    first, second = (example.input_ids[:32] for example in (examples[0], examples[-1]))
+    other = first[1:] + first[:1] if len(set(first)) > 1 else [first[0] + 1 if first[0] == 0 else 0] * len(first)
+    positions = torch.tensor([[*range(len(first)), *range(len(second))]], device=model.device)
+    table = model.get_input_embeddings()
+
+    def logits(ids: list[int]) -> torch.Tensor:
+        # embeddings that want gradients keep bitsandbytes from repacking its 4-bit weights for inference on a CPU
+        embeddings = table(torch.tensor([ids], device=model.device)).detach().requires_grad_()
+        output = model(inputs_embeds=embeddings, position_ids=positions, use_cache=False)
+        return output.logits[0, len(first) :].detach().float()
+
+    was_training = model.training
+    model.eval()  # dropout would differ between the two calls
+    try:
+        return float((logits(first + second) - logits(other + second)).abs().max())
+    finally:
+        model.train(was_training)

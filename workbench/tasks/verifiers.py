@@ -1,0 +1,78 @@
+r"""Verifiers: whether the answer that a text gives is the gold answer, by kind of answer.
+
+`verify` reads the answer (`answers`) and compares: numbers as numbers, lists of numbers in order, option letters,
+text after normalising, LaTeX by math-verify in a process that can be killed (`latex`). No answer found is *unparsed*,
+`Verdict.extracted` None, which is not the same as wrong.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from workbench.tasks.answers import KINDS, LONGEST, extract, normalise, numbers
+from workbench.tasks.latex import same
+
+__all__ = ["KINDS", "Verdict", "extract", "verify", "verify_many"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether an answer is right, and what was read as the answer; None means that nothing could be read."""
+
+    correct: bool
+    extracted: str | None
+
+    @property
+    def unparsed(self) -> bool:
+        """True when no answer was found, which is not the same as a wrong one."""
+        return self.extracted is None
+
+
+def verify(kind: str, gold: Any, text: str) -> Verdict:
+    r"""Judge a text against the gold answer.
+
+    Raises:
+        ValueError: kind "code" or unknown, or a gold answer that isn't of its kind.
+
+    >>> verify("number", 1234, r"It is \boxed{\$1{,}234.00}"), verify("list", "3, 7", "The answer is 7, 3.").correct
+    (Verdict(correct=True, extracted='1234'), False)
+    """
+    extracted = extract(kind, text, gold)
+    if extracted is None:
+        return Verdict(False, None)
+    if kind == "number":
+        return Verdict(_equal(_only_number(gold), extracted), extracted)
+    if kind == "latex":
+        return Verdict(same(str(gold), extracted), extracted)
+    if kind == "option":
+        return Verdict(str(gold).strip("() .").upper() == extracted, extracted)
+    if kind == "text":
+        return Verdict(normalise(str(gold)) == normalise(extracted), extracted)
+    wanted = [
+        _only_number(item) for item in (gold if isinstance(gold, list | tuple) else str(gold).strip("[] ").split(","))
+    ]
+    given = extracted.split(", ")
+    return Verdict(len(given) == len(wanted) and all(map(_equal, wanted, given)), extracted)
+
+
+def verify_many(kind: str, golds: Iterable[Any], texts: Iterable[str]) -> list[Verdict]:
+    """`verify` for many answers, in order."""
+    return [verify(kind, gold, text) for gold, text in zip(golds, texts, strict=True)]
+
+
+def _only_number(gold: Any) -> str:
+    found = numbers(str(gold))
+    if len(found) != 1:
+        raise ValueError(
+            f"The gold answer {gold!r} is not one number. Give the task's kind: load_task(..., kind='text')."
+        )
+    return found[0]
+
+
+def _equal(gold: str, given: str) -> bool:
+    """Exact for whole numbers; within 1e-9 of the gold value where a decimal or a fraction is involved."""
+    if max(len(gold), len(given)) > LONGEST:
+        return gold == given
+    a, b = Fraction(gold), Fraction(given)
+    return a == b or (a.denominator, b.denominator) != (1, 1) and abs(a - b) <= abs(a) * Fraction(1, 10**9)

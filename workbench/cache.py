@@ -13,6 +13,8 @@ SPARE = 64  # tokens of room that a full buffer gets
 class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` that writes new tokens into spare room; keys and values are views of the filled part."""
 
+    keys: Tensor
+    values: Tensor
     room: tuple[Tensor, Tensor] | None = None
 
     def update(
@@ -27,21 +29,24 @@ class GrowingLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         old = self.get_seq_length()
         total = old + key_states.shape[2]
-        if self.room is None or total > self.room[0].shape[2] or not self._at_home():
-            self.room = tuple(
-                new.new_empty(*new.shape[:2], total + SPARE, new.shape[3]) for new in (key_states, value_states)
+        room = self.room
+        if room is None or total > room[0].shape[2] or not self._at_home(room):
+            shape = (*key_states.shape[:2], total + SPARE)
+            room = (
+                key_states.new_empty(*shape, key_states.shape[3]),
+                value_states.new_empty(*shape, value_states.shape[3]),
             )
             if old:
-                self.room[0][:, :, :old], self.room[1][:, :, :old] = self.keys, self.values
-        self.room[0][:, :, old:total], self.room[1][:, :, old:total] = key_states, value_states
-        self.keys, self.values = self.room[0][:, :, :total], self.room[1][:, :, :total]
+                room[0][:, :, :old], room[1][:, :, :old] = self.keys, self.values
+        room[0][:, :, old:total], room[1][:, :, old:total] = key_states, value_states
+        self.room, self.keys, self.values = room, room[0][:, :, :total], room[1][:, :, :total]
         return self.keys, self.values
 
-    def _at_home(self) -> bool:
+    def _at_home(self, room: tuple[Tensor, Tensor]) -> bool:
         """Whether keys and values are still views of the room: rows picked out or edited are not."""
-        return self.room is not None and all(
-            view.data_ptr() == room.data_ptr() and len(view) == len(room)
-            for view, room in zip((self.keys, self.values), self.room, strict=True)
+        return all(
+            view.data_ptr() == place.data_ptr() and len(view) == len(place)
+            for view, place in zip((self.keys, self.values), room, strict=True)
         )
 
 

@@ -129,8 +129,10 @@ def loss_of(model: LlamaForCausalLM, rows: list[Encoded], pad: int) -> Tensor:
     for place, row in enumerate(rows):
         ids[place, : len(row.ids)] = torch.tensor(row.ids)
         weights[place, : len(row.ids)] = torch.tensor(token_weights(row.said))
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(input_ids=ids, attention_mask=attention_mask(rows, length), use_cache=False).logits
+    place = model.device
+    ids, weights, mask = ids.to(place), weights.to(place), attention_mask(rows, length).to(place)
+    with torch.autocast(place.type, torch.bfloat16):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     losses = functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
 
@@ -179,7 +181,7 @@ def train(name: str, out: Path, steps: int | None = None) -> dict[str, float]:
     recipe = RECIPES[name]
     steps = steps or recipe.steps
     tokenizer = lab_tokenizer()
-    model = build(recipe, tokenizer)
+    model = build(recipe, tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     optimizers = [
@@ -219,7 +221,7 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     out.mkdir(parents=True, exist_ok=True)
     stored = LlamaForCausalLM(model.config)
     stored.load_state_dict(model.state_dict())
-    stored.half().save_pretrained(out)
+    stored.half().save_pretrained(out)  # load_state_dict copied from whichever device the training is on
     tokenizer.save_pretrained(out)
 
 

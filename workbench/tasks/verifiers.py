@@ -3,6 +3,8 @@ r"""Verifiers: whether the answer that a text gives is the gold answer, by kind 
 `verify` reads the answer (`answers`) and compares: numbers as numbers, lists of numbers in order, option letters,
 text after normalising, LaTeX by math-verify in a process that can be killed (`latex`). No answer found is *unparsed*,
 `Verdict.extracted` None, which is not the same as wrong.
+
+Does not cover: running model-written code (kind "code" is refused), judging by another model, partial credit.
 """
 
 from collections.abc import Iterable

@@ -1,0 +1,139 @@
+"""`make bench`: how many times faster the workbench is than a plain loop that does the same work, with equal results.
+
+Three parts on the lab model (or `--model`): generation, extraction, evaluation of several conditions. Each plain loop
+is what a careful person would write with transformers alone, one prompt at a time; results are compared before times
+are shown. Times are wall clock, the smallest of `--repeats`.
+"""
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+
+import workbench as wb
+from workbench.report.tables import format_table
+
+
+def best_of(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """The smallest wall-clock time in seconds, and the result."""
+    times, result = [], None
+    for _ in range(repeats):
+        began = time.perf_counter()
+        result = work()
+        times.append(time.perf_counter() - began)
+    return min(times), result
+
+
+def plain_generate(lm: wb.LM, prompts: list[Any], limit: int) -> list[list[int]]:
+    """The reference: transformers' greedy `generate`, one prompt at a time."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([lm.encode(prompt)], device=lm.device)
+        output = lm.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit)
+        found.append(output[0, ids.shape[1] :].tolist())
+    return found
+
+
+def plain_extract(lm: wb.LM, pairs: wb.Pairs) -> torch.Tensor:
+    """The reference: mean difference of every layer's last state, two full forwards a pair, batch 1."""
+    states: list[torch.Tensor] = []
+    hooks = [block.register_forward_hook(lambda m, a, out: states.append(out[0, -1].float())) for block in lm.blocks]
+    total = torch.zeros(len(lm.blocks), lm.d_model, device=lm.device)
+    try:
+        for positive, negative in zip(pairs.positive, pairs.negative, strict=True):
+            for text, sign in ((positive, 1.0), (negative, -1.0)):
+                states.clear()
+                with torch.no_grad():
+                    lm.model(torch.tensor([lm.encode(text)], device=lm.device), use_cache=False)
+                total += sign * torch.stack(states) / len(pairs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return total
+
+
+def line(name: str, plain: float, ours: float, same: str) -> dict[str, Any]:
+    """One row of the table."""
+    return {"what": name, "plain loop, s": plain, "workbench, s": ours, "ratio": plain / ours, "same result": same}
+
+
+def generation(lm: wb.LM, task: wb.Task, n: int, limit: int, repeats: int) -> list[dict[str, Any]]:
+    """Direct answers, answers with steps, and answers after shared examples."""
+    lines = []
+    rows = task.rows("tuning", n=n)
+    shared = task.messages(rows[0], wb.few_shot("steps", 3))[:-1]
+    cases = {
+        "generate, question alone": [task.messages(row) for row in rows],
+        "generate, told to show steps": [task.messages(row, wb.instruction("steps")) for row in rows],
+        "generate, 3 own examples": [task.messages(row, wb.few_shot("steps", 3)) for row in rows],
+        "generate, 3 shared examples": [[*shared, *task.messages(row)] for row in rows],
+    }
+    for name, prompts in cases.items():
+        plain, reference = best_of(lambda prompts=prompts: plain_generate(lm, prompts, limit), 1)
+        ours, found = best_of(lambda prompts=prompts: lm.generate(prompts, max_new_tokens=limit), repeats)
+        equal = sum(a == b.token_ids for a, b in zip(reference, found, strict=True))
+        lines.append(line(name, plain, ours, f"{equal} of {n} token for token"))
+    return lines
+
+
+def extraction(lm: wb.LM, task: wb.Task, n: int, repeats: int) -> list[dict[str, Any]]:
+    """Mean-difference vectors of all layers."""
+    pairs = wb.contrast(task, shots=4, n=n, lm=lm)
+    plain, reference = best_of(lambda: plain_extract(lm, pairs), 1)
+    ours, found = best_of(lambda: wb.extract(lm, pairs), repeats)
+    vectors = torch.stack([found.vectors[layer] for layer in sorted(found.vectors)]).to(reference)
+    error = ((vectors - reference).norm() / reference.norm()).item()
+    return [line(f"extract, {n} pairs of 4 shots", plain, ours, f"relative difference {error:.1e}")]
+
+
+def evaluation(lm: wb.LM, task: wb.Task, n: int, limit: int, repeats: int) -> list[dict[str, Any]]:
+    """Three conditions on the same questions, verified: `evaluate` against a loop over `model.generate`."""
+    vector = wb.extract(lm, wb.contrast(task, shots=3, n=20, lm=lm)).at(layers=[1], positions="last")
+    conditions = {"plain": [], "told": [wb.instruction("steps")], "steered": [vector]}
+    rows = task.rows("tuning", n=n)
+
+    def loop() -> list[bool]:
+        right = []
+        for strategy, change in ((None, 0.0), (wb.instruction("steps"), 0.0), (None, 1.0)):
+            prompts = [task.messages(row, strategy) for row in rows]
+            with lm.apply(change * vector):
+                tokens = plain_generate(lm, prompts, limit)
+            texts = [lm.tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
+            right += [task.verify(row, text).correct for row, text in zip(rows, texts, strict=True)]
+        return right
+
+    plain, reference = best_of(loop, 1)
+    ours, found = best_of(lambda: wb.evaluate(lm, task, conditions, n=n, split="tuning", max_new_tokens=limit), repeats)
+    equal = sum(a == b for a, b in zip(reference, found.rows.correct.tolist(), strict=True))
+    return [line(f"evaluate, 3 conditions x {n}", plain, ours, f"{equal} of {3 * n} verdicts")]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="lab")
+    parser.add_argument("--task", default="word-problems")
+    parser.add_argument("--n", type=int, default=64, help="prompts, and pairs")
+    parser.add_argument("--limit", type=int, default=120, help="new tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    lm, task = wb.load_model(options.model), wb.load_task(options.task)
+    print(f"{platform.processor() or platform.machine()}, {options.threads} torch threads, device {lm.device}")
+    print(
+        f"torch {torch.__version__}, transformers {transformers.__version__}, {lm.name} {lm.revision}, {lm.model.dtype}"
+    )
+    lm.generate([task.messages(task.rows("tuning", n=1)[0])], max_new_tokens=2)  # first calls are slower
+    lines = generation(lm, task, options.n, options.limit, options.repeats)
+    lines += extraction(lm, task, options.n, options.repeats)
+    lines += evaluation(lm, task, options.n, options.limit, options.repeats)
+    print(format_table(lines))
+
+
+if __name__ == "__main__":
+    main()

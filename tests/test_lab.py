@@ -150,11 +150,12 @@ def test_lab_shows_its_effects(lab: LM, word_problems: Task) -> None:
     chosen = json.loads((LAB / "card.json").read_text())["measured"]["chosen"]
     pairs = contrast(word_problems, shots=3, n=60, lm=lab)
     place, edit = chosen["residual-steered"], chosen["KV-steered"]
-    span = {"last": [-2, -1], "generated": "generated"}[place["span"]]
     conditions = {
         "plain": [],
         "few-shot steps": [few_shot("steps", 3)],
-        "residual-steered": [place["strength"] * extract(lab, pairs).at(layers=[int(place["layer"])], positions=span)],
+        "residual-steered": [
+            place["strength"] * extract(lab, pairs).at(layers=[int(place["layer"])], positions=place["span"])
+        ],
         "KV-steered": [extract(lab, pairs, site="kv").scaled(keys=edit["keys"], values=edit["strength"])],
     }
     results = evaluate(lab, word_problems, conditions, n=60, max_new_tokens=200)

@@ -1,7 +1,5 @@
 """Strategies put the same question differently; contrastive pairs differ in style only and end in the same tokens."""
 
-from pathlib import Path
-
 import pytest
 
 from tests.tiny import tiny_lm
@@ -40,7 +38,7 @@ def test_instruction_is_a_system_turn(word_problems: Task) -> None:
     assert messages(word_problems, row, instruction("steps"))[0] == {"role": "system", "content": "Show your steps."}
 
 
-def test_pairs_end_on_the_token_before_the_last_of_the_prompt(word_problems: Task, tmp_path: Path) -> None:
+def test_pairs_ask_the_same_and_end_in_the_same_tokens(word_problems: Task) -> None:
     lm = tiny_lm("llama")
     pairs = contrast(word_problems, shots=2, n=3, lm=lm)
     assert len(pairs) == 3
@@ -48,9 +46,7 @@ def test_pairs_end_on_the_token_before_the_last_of_the_prompt(word_problems: Tas
         assert positive != negative
         question = positive.rpartition("<|user|>")[2]
         assert negative.rpartition("<|user|>")[2] == question
-        full = lm.render([{"role": "user", "content": question.removesuffix("<|end|><|assistant|>")}])
-        assert lm.encode(full)[-1:] != lm.encode(positive)[-1:]
-        assert lm.encode(positive)[-8:] == lm.encode(full)[-9:-1] == lm.encode(negative)[-8:]
+        assert lm.render([{"role": "user", "content": question.partition("<|end|>")[0]}]) == f"<|user|>{question}"
     assert contrast(word_problems, shots=2, n=3) == pairs  # the lab's format without a model is the same text
 
 

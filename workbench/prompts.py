@@ -5,8 +5,8 @@ how their examples are answered (contrastive in-context pairs, as in arXiv 2507.
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from workbench.lab.corpus import SYSTEM, chat
@@ -87,10 +87,9 @@ def _examples(task: "Task", row: dict[str, Any], shots: int) -> list[dict[str, A
 
 @dataclass(frozen=True)
 class Pairs:
-    """Contrastive prompts: `positive[i]` and `negative[i]` differ in their examples' answers, and end alike.
+    """Contrastive prompts: `positive[i]` and `negative[i]` differ in how examples are answered, and end alike.
 
-    Each string stops one token before the end of the generation prompt, on the token whose cache entry a KV edit
-    changes: the last prompt token must still be processed to see the edit (it is the paper's offset token).
+    Each is a finished prompt, ready for `lm.generate`.
     """
 
     positive: list[str]
@@ -128,35 +127,22 @@ def contrast(
         raise ValueError("Pairs from the test split would leak into what is reported. Use split='train' or 'tuning'.")
     if positive == negative:
         raise ValueError(f"positive and negative are both {positive!r}: their difference would be zero.")
-    rows = task.rows(split, n=n * (shots + 1), seed=seed)
+    rows = task.rows(split, seed=seed)
+    if len(rows) <= shots:
+        raise ValueError(f"Task {task.name} has {len(rows)} {split} rows, {shots + 1} are needed for {shots} shots.")
     render = lm.render if lm is not None else chat
-    cut = _last_token_start(lm)
     sides: dict[str, list[str]] = {positive: [], negative: []}
-    for start in range(0, n * (shots + 1), shots + 1):
-        *examples, last = rows[start : start + shots + 1]
+    for number in range(n):
+        *examples, last = Random(f"{seed}/{number}").sample(rows, shots + 1)
         for style, prompts in sides.items():
             turns = [message for example in examples for message in _exchange(task, example, style)]
-            text = render([*turns, {"role": "user", "content": last["question"]}])
-            prompts.append(text[: cut(text)])
+            prompts.append(render([*turns, {"role": "user", "content": last["question"]}]))
     about = {
         "task": task.name,
         "positive": positive,
         "negative": negative,
         "shots": shots,
-        "n": n,
         "seed": seed,
         "split": split,
     }
     return Pairs(sides[positive], sides[negative], about)
-
-
-def _last_token_start(lm: "LM | None") -> Callable[[str], int]:
-    """A function from a rendered prompt to the character at which its last token starts."""
-    if lm is None:
-        return lambda text: len(text) - 1  # the lab's generation prompt ends in a newline, one token
-
-    def start(text: str) -> int:
-        offsets = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        return offsets[-1][0]
-
-    return start

@@ -1,6 +1,7 @@
-"""Read directions out of contrastive pairs: the last token's state after a positive text minus after a negative one.
+"""Read directions out of contrastive pairs: a token's state at the end of a positive prompt minus of a negative one.
 
-Reads the residual stream after every decoder block, or the cached keys (un-rotated) and values. Batches are sorted by
+Reads the residual stream after every decoder block at the last token, or the cached keys (un-rotated) and values at the
+last token that is cached when generation starts, which is where a KV edit is made. Batches are sorted by
 length, run without the language-model head, and only the wanted token is kept. Positions are explicit, so padding never
 moves a token.
 """
@@ -40,10 +41,14 @@ def extract(
     site: str = "residual",
     method: str = "mean_diff",
     *,
+    token: int | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Any:
-    """A `Residual` (site "residual") or a `KV` (site "kv") from the last token of each text in `pairs`.
+    """A `Residual` (site "residual") or a `KV` (site "kv") from one token of each prompt in `pairs`.
+
+    token: which one, counted from the end; None reads -1 (the last prompt token) for the residual stream and -2 for kv:
+    the last token must still be processed after an edit, so -2 is the last cached one, the one that `KV` changes.
 
     method: "mean_diff" = mean(positive) - mean(negative); "pca" = first direction of the uncentred pair differences, so
     that their mean survives; "logistic" = normal of a logistic probe. The last two point the way of, and are as long
@@ -59,7 +64,8 @@ def extract(
         raise ModelError(
             f"{len(positive)} positive and {len(negative)} negative texts: give at least one pair, and as many of each."
         )
-    texts = [lm.encode(text) for text in (*positive, *negative)]
+    token = token if token is not None else -2 if site == "kv" else -1
+    texts = [_upto(lm.encode(text), token) for text in (*positive, *negative)]
     reader = _KVReader.of(lm) if site == "kv" else _ResidualReader(lm, len(positive), keep=method != "mean_diff")
     signs = torch.tensor([1.0] * len(positive) + [-1.0] * len(negative)) / len(positive)
     done = 0
@@ -70,7 +76,7 @@ def extract(
             done += len(numbers)
             if progress is not None:
                 progress(done, len(texts))
-    return reader.result(method, {"method": method, "pairs": str(len(positive)), "token": "last"})
+    return reader.result(method, {"method": method, "pairs": str(len(positive)), "token": str(token)})
 
 
 def random_like(x: Intervention, seed: int = 0) -> Intervention:
@@ -89,6 +95,13 @@ def random_like(x: Intervention, seed: int = 0) -> Intervention:
     if isinstance(x, Sum):
         return Sum(tuple(random_like(part, seed + number) for number, part in enumerate(x.members)))
     raise ModelError(f"There is no random {type(x).__name__}; use a Residual, a KV or a sum of them.")
+
+
+def _upto(ids: list[int], token: int) -> list[int]:
+    """The ids up to the one that is read, which causal attention lets nothing after it change."""
+    if not -len(ids) <= token < 0:
+        raise ModelError(f"token={token} of a prompt of {len(ids)} tokens: give -1 (the last) to {-len(ids)}.")
+    return ids[: len(ids) + token + 1]
 
 
 def _batches(texts: Sequence[Sequence[int]], batch_size: int | None) -> Iterator[list[int]]:

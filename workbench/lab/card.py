@@ -26,7 +26,7 @@ from workbench.synthesis import synthesize
 from workbench.tasks import Task, load_task
 
 TOKENS = 200  # the longest worked solution of the lab's families has about 150
-SPANS: dict[str, Any] = {"last": [-2, -1], "generated": "generated"}
+SPANS = ("last", "generated")
 
 
 def steering(lm: LM, task: Task, n: int = 40) -> dict[str, tuple[dict[str, Any], Intervention]]:
@@ -36,10 +36,10 @@ def steering(lm: LM, task: Task, n: int = 40) -> dict[str, tuple[dict[str, Any],
     places = [
         (
             {"layer": layer, "span": span, "strength": strength},
-            strength * vector.at(layers=[layer], positions=positions),
+            strength * vector.at(layers=[layer], positions=span),
         )
         for layer in vector.vectors
-        for span, positions in SPANS.items()
+        for span in SPANS
         for strength in (0.5, 1.0, 2.0)
     ]
     edits = [

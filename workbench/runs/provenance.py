@@ -55,6 +55,7 @@ def ingredients(notebook: bytes, parameters: Mapping[str, Any], inputs: Mapping[
             if isinstance(value, str)
         },
         "files": {name: path_key(value) for name, value in kept.items() if name not in models and is_path(value)},
+        "benchmarks": benchmarks(os.environ.get("WORKBENCH_DATA")),
         "libraries": libraries(),
         "inputs": dict(inputs),
     }
@@ -133,13 +134,20 @@ def machine() -> dict[str, Any]:
     }
 
 
+def benchmarks(folder: str | None) -> str | None:
+    """Return a key of the names and sizes in the folder of benchmark data, or None where none is given."""
+    if not folder or not Path(folder).is_dir():
+        return None
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    return content_key(files={path.relative_to(folder).as_posix(): path.stat().st_size for path in files})
+
+
 def model_revision(name: str, revision: Any = None) -> str:
     """Return what pins a model's content: a hash of a folder's files, or the commit of the cached hub snapshot.
 
     A hub model that is not cached yet gives `name@revision` as asked for; its commit is known to the notebook only.
     """
-    data = Path(os.environ.get("WORKBENCH_DATA") or PACKAGE.parent / "data")
-    for folder in (Path(name), data / name):
+    for folder in (Path(name), PACKAGE.parent / "data" / name):
         if folder.is_dir():
             return folder_key(folder.resolve())
     asked = str(revision or "main")

@@ -49,7 +49,7 @@ def tiny_config(architecture: str, vocabulary: int) -> PreTrainedConfig:
     """Three layers (Gemma 3: four, sliding and full attention in turns), width 64, two key-value heads."""
     shared = {
         "vocab_size": vocabulary, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 4096,
         "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1,
     }  # fmt: skip
     if architecture == "llama":
@@ -64,7 +64,7 @@ def tiny_config(architecture: str, vocabulary: int) -> PreTrainedConfig:
         return Gemma3TextConfig(**shared, sliding_window=24, layer_types=layers, query_pre_attn_scalar=16)
     if architecture == "gpt2":
         return GPT2Config(
-            vocab_size=vocabulary, n_embd=64, n_layer=3, n_head=4, n_positions=512,
+            vocab_size=vocabulary, n_embd=64, n_layer=3, n_head=4, n_positions=4096,
             pad_token_id=0, bos_token_id=None, eos_token_id=1,
         )  # fmt: skip
     raise ValueError(f"architecture={architecture!r}; allowed: {', '.join(ARCHITECTURES)}")

@@ -19,10 +19,10 @@ import plotly.io as pio
 
 from workbench.files import write_atomic
 from workbench.report.page import CSS, POLICY
-from workbench.report.svg import SvgError, alt_text, decoded, figure_to_svg
+from workbench.report.svg import SvgError, alt_text, decoded, figure_to_svg, show_stills
 from workbench.report.tables import format_table, html_table
 
-__all__ = ["ReportError", "format_table", "save_figure", "write_report"]
+__all__ = ["ReportError", "format_table", "save_figure", "show_stills", "write_report"]
 
 SUFFIX = ".plotly.json"
 FIGURE_BYTES = 200_000  # one saved figure: larger ones make notebooks and reports slow to open

@@ -44,10 +44,7 @@ WIDTH, HEIGHT = 820, 440  # px; matplotlib is told 72 dpi, so that one point is 
 
 
 class StillRenderer(MimetypeRenderer):
-    """Notebook output that holds the live figure and its still SVG; no script is embedded.
-
-    `plotly.io.renderers["still"] = StillRenderer(); plotly.io.renderers.default = "still"` turns it on.
-    """
+    """Notebook output that holds the live figure and its still SVG; no script is embedded."""
 
     def to_mimebundle(self, fig_dict: dict[str, Any]) -> dict[str, Any]:
         """Both forms of one figure by media type; a figure that cannot be drawn still has its live form."""
@@ -57,6 +54,12 @@ class StillRenderer(MimetypeRenderer):
         except SvgError as reason:
             bundle["text/plain"] = f"No still picture: {reason}"
         return bundle
+
+
+def show_stills() -> None:
+    """From here on every figure that this kernel shows carries its still picture, for readers without a kernel."""
+    pio.renderers["still"] = StillRenderer()
+    pio.renderers.default = "still"
 
 
 def alt_text(fig: go.Figure) -> str:

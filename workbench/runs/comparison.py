@@ -12,10 +12,11 @@ from typing import Any
 
 from workbench.runs.manifest import NAME, read_manifest
 from workbench.runs.progress import duration
-from workbench.runs.stages import RESULT
+from workbench.runs.stages import COST, RESULT
 from workbench.runs.status import RunStatus
 
 MAIN = "05_evaluate"  # the stage whose table stands for the run
+LIMITS = {"difference": "", "low": "_low", "high": "_high"}  # of a comparison, as suffixes in the main table
 Row = dict[str, Any]
 
 
@@ -30,9 +31,11 @@ class Comparison:
     def text(self) -> str:
         """Return both tables for a terminal."""
         head = (
-            table(self.differences) if self.differences else "no difference in parameters, package, models or libraries"
+            _format(self.differences)
+            if self.differences
+            else "no difference in parameters, package, models or libraries"
         )
-        return f"What differed\n{head}\n\nWhat came out\n{table(self.rows) if self.rows else 'no results'}"
+        return f"What differed\n{head}\n\nWhat came out\n{_format(self.rows) if self.rows else 'no results'}"
 
     def as_data(self) -> str:
         """Return JSON text."""
@@ -107,19 +110,39 @@ def table_of(stage: Path) -> list[Row]:
     return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
-def read_result(stage: Path) -> dict[str, Any]:
-    """Return a stage's result, empty if there is none that can be read."""
+def read_result(stage: Path, name: str = RESULT) -> dict[str, Any]:
+    """Return a stage's result (or another JSON file of it), empty if there is none that can be read."""
     try:
-        found = json.loads((stage / RESULT).read_text(encoding="utf-8"))
+        found = json.loads((stage / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
 
 def main_table(folder: Path) -> str:
-    """Return the main table of a run as text, empty if it has none."""
-    rows = table_of(folder / MAIN)
-    return f"\n{table(rows)}\n" if rows else ""
+    """Return the main table of a run as text, empty if it has none: accuracy, difference to plain, cost."""
+    rows = main_rows(folder / MAIN)
+    return f"\n{_format(rows)}\n" if rows else ""
+
+
+def main_rows(stage: Path) -> list[Row]:
+    """Return an evaluation's table, each row with its paired difference, corrected p-value and cost beside it."""
+    result, costs = read_result(stage), read_result(stage, COST).get("costs", {})
+    against = {row.get("b"): row for row in result.get("comparisons", [])}
+    names = ("condition", "n", "accuracy", "low", "high", "steps", "steps_low", "steps_high", "unparsed", "tokens_out")
+    rows = []
+    for row in table_of(stage):
+        other = against.get(row.get("condition"), {})
+        paired = {f"difference{end}": other.get(name) for name, end in LIMITS.items()} | {"p_holm": other.get("p_holm")}
+        cost = {name: costs.get(row.get("condition"), {}).get(name) for name in ("seconds", "peak_memory_mb")}
+        rows.append({**{name: row.get(name) for name in names if name in row}, **paired, **cost})
+    return rows
+
+
+def _format(rows: Sequence[Row]) -> str:
+    from workbench.report.tables import format_table  # brings plotly, which `status` can do without
+
+    return format_table(rows)
 
 
 def status_text(found: RunStatus) -> str:

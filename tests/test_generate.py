@@ -137,7 +137,7 @@ def test_chat_messages_go_through_the_template() -> None:
         ({"prompts": ["a"], "temperature": -1.0}, "temperature"),
         ({"prompts": ["a"], "top_p": 0.0}, "top_p"),
         ({"prompts": ["a"], "stop": [""]}, "empty string"),
-        ({"prompts": ["a"], "max_new_tokens": 512}, "512 positions"),
+        ({"prompts": ["a"], "max_new_tokens": 4096}, "4096 positions"),
         ({"prompts": ["a", "b"], "seed": [1]}, "1 seeds for 2 prompts"),
         ({"prompts": ["a", "b"], "interventions": [None]}, "1 interventions for 2 prompts"),
         ({"prompts": ["a"], "interventions": ["v"]}, "every entry is an intervention or None"),

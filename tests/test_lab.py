@@ -130,7 +130,8 @@ def test_training_lowers_the_loss() -> None:
 
 
 def test_schedule_warms_up_and_decays() -> None:
-    assert schedule(0, 1000) < schedule(99, 1000) == 1.0 == schedule(500, 1000) > schedule(900, 1000) > 0
+    assert schedule(0, 1000) < schedule(99, 1000) == 1.0 == schedule(499, 1000)
+    assert 1.0 > schedule(500, 1000) > schedule(900, 1000) > schedule(1000, 1000) > 0
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

@@ -16,7 +16,7 @@ import pytest
 from tests.faults.small import FINISH, SETUP, start, three, write_notebook
 from workbench import runs
 from workbench.files import content_key, sha256, write_atomic
-from workbench.runs import comparison, locks, progress, provenance, stages
+from workbench.runs import comparison, heartbeats, locks, provenance, stages
 from workbench.runs.journal import Journal
 from workbench.runs.manifest import proven, read_manifest, sweep
 from workbench.runs.params import ParameterError
@@ -390,13 +390,13 @@ def test_a_missing_earlier_stage_is_named_with_the_command(tmp_path: Path, monke
 def test_a_heartbeat_goes_to_the_file_of_a_run_or_to_standard_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert list(progress.progress(iter("abc"), "letters")) == ["a", "b", "c"]
+    assert list(heartbeats.progress(iter("abc"), "letters")) == ["a", "b", "c"]
     lines = capsys.readouterr().err.splitlines()
     assert lines[-1] == "letters 3/3"
-    monkeypatch.setenv(progress.FOLDER, str(tmp_path))
+    monkeypatch.setenv(heartbeats.FOLDER, str(tmp_path))
     for step in range(1, 6):
         runs.heartbeat("train", step, 5, loss=1 / step, bad=float("nan"))
-    beat = progress.read_beat(tmp_path)
+    beat = heartbeats.read_beat(tmp_path)
     assert beat is not None
     assert (beat["step"], beat["total"], beat["numbers"]) == (5, 5, {"loss": 0.2, "bad": None})
     assert capsys.readouterr().err == ""

@@ -16,7 +16,7 @@ import typer
 from workbench import runs
 from workbench.runs import comparison, params
 from workbench.runs import status as state
-from workbench.runs.progress import duration
+from workbench.runs.heartbeats import duration
 from workbench.runs.stages import project_root
 
 app = typer.Typer(

@@ -25,7 +25,7 @@ from workbench.generate import Generation
 from workbench.interventions import Adapter, Intervention
 from workbench.models import LM
 from workbench.prompts import Strategy
-from workbench.runs.progress import heartbeat
+from workbench.runs.heartbeats import heartbeat
 from workbench.statistics import Comparison, bootstrap_mean, holm, minimum_detectable_effect, paired_difference, wilson
 from workbench.tasks import Task
 

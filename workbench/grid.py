@@ -12,7 +12,7 @@ from workbench.evaluation import shows_steps
 from workbench.generate import Generation
 from workbench.interventions import Intervention
 from workbench.models import LM
-from workbench.runs.progress import heartbeat
+from workbench.runs.heartbeats import heartbeat
 from workbench.statistics import paired_difference, wilson
 from workbench.tasks import Task
 

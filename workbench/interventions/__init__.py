@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from workbench.interventions.adapter import Adapter
 from workbench.interventions.concept import Intervention, Sum
-from workbench.interventions.extract import extract, random_like
+from workbench.interventions.extraction import extract, random_like
 from workbench.interventions.files import load_intervention
 from workbench.interventions.kv import KV
 from workbench.interventions.residual import Positions, Residual

@@ -20,11 +20,11 @@ from typing import Any
 
 from workbench.files import content_key, sha256, to_json, write_atomic
 from workbench.runs import locks
+from workbench.runs.heartbeats import duration, heartbeat, progress
 from workbench.runs.journal import Journal
 from workbench.runs.launch import Failure, launch
 from workbench.runs.manifest import NAME, damage, proven, read_manifest, seal, sweep, write_manifest
 from workbench.runs.params import ParameterError, assign, read_parameters
-from workbench.runs.progress import duration, heartbeat, progress
 from workbench.runs.provenance import PACKAGE, commit, ingredients, libraries, machine, package_source, package_version
 from workbench.runs.stages import RESULT, begin, earlier, finish, project_root
 

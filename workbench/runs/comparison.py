@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench.runs.heartbeats import duration
 from workbench.runs.manifest import NAME, read_manifest
-from workbench.runs.progress import duration
 from workbench.runs.stages import COST, RESULT
 from workbench.runs.status import RunStatus
 
@@ -132,10 +132,11 @@ def main_rows(stage: Path) -> list[Row]:
     names = ("condition", "n", "accuracy", "low", "high", "steps", "steps_low", "steps_high", "unparsed", "tokens_out")
     rows = []
     for row in table_of(stage):
-        other = against.get(row.get("condition"), {})
-        paired = {f"difference{end}": other.get(name) for name, end in LIMITS.items()} | {"p_holm": other.get("p_holm")}
-        cost = {name: costs.get(row.get("condition"), {}).get(name) for name in ("seconds", "peak_memory_mb")}
-        rows.append({**{name: row.get(name) for name in names if name in row}, **paired, **cost})
+        other, spent = against.get(row.get("condition"), {}), costs.get(row.get("condition"), {})
+        paired = {f"difference{end}": other[name] for name, end in LIMITS.items() if name in other}
+        paired |= {"p_holm": other["p_holm"]} if "p_holm" in other else {}
+        cost = {name: spent[name] for name in ("seconds", "peak_memory_mb") if name in spent}
+        rows.append({**{name: row[name] for name in names if name in row}, **paired, **cost})
     return rows
 
 

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from workbench.files import to_json, write_atomic
+from workbench.runs.heartbeats import FOLDER, LINE_EVERY, line, read_beat
 from workbench.runs.locks import Owner
 from workbench.runs.processes import MARK, end_marked
-from workbench.runs.progress import FOLDER, LINE_EVERY, line, read_beat
 from workbench.runs.provenance import PACKAGE
 
 GRACE = 5.0  # seconds between asking a notebook to stop and killing it

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from workbench.runs import OWN, locks, own_key
+from workbench.runs.heartbeats import duration, line, read_beat
 from workbench.runs.journal import Journal
 from workbench.runs.manifest import NAME, damage, read_manifest
 from workbench.runs.processes import marked
-from workbench.runs.progress import duration, line, read_beat
 
 STALL_AFTER = 300.0  # seconds without any sign of life from a stage
 

@@ -96,7 +96,7 @@ def _item(question: str, answer: str, kind: str, steps: list[str], long: list[st
     return {"question": question, "answer": answer, "kind": kind, "difficulty": difficulty, "solutions": solutions}
 
 
-def _word_problem(seed: int, index: int, steps: tuple[int, int] = (5, 8)) -> dict[str, Any]:
+def _word_problem(seed: int, index: int, steps: tuple[int, int] = (3, 6)) -> dict[str, Any]:
     rng = Random(f"word-problems/{seed}/{index}")
     name, other = rng.sample(sorted(_PEOPLE), 2)
     subject = _PEOPLE[name]

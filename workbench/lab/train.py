@@ -52,7 +52,7 @@ class Recipe:
 
 RECIPES = {
     "lab": Recipe(hidden=256, layers=6, intermediate=448, heads=4, key_value_heads=2, steps=3200),
-    "lab-small": Recipe(hidden=128, layers=4, intermediate=384, heads=4, key_value_heads=2, steps=2600),
+    "lab-small": Recipe(hidden=128, layers=4, intermediate=384, heads=4, key_value_heads=2, steps=1600),
 }
 
 

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -10,9 +11,9 @@ import torch
 from tests.tiny import tiny_lm
 from workbench.evaluation import evaluate, load_results, peak_memory, shows_steps
 from workbench.grid import best, grid
-from workbench.interventions import Residual
+from workbench.interventions import Residual, extract
 from workbench.models import LM
-from workbench.prompts import instruction
+from workbench.prompts import contrast, instruction
 from workbench.statistics import paired_difference, wilson
 from workbench.tasks import Task
 
@@ -124,3 +125,15 @@ def test_peak_memory_sees_a_large_tensor() -> None:
         for _ in range(20):
             block = block * 1.0001
     assert large() > small() + 200
+
+
+def test_strengths_may_come_from_a_data_frame(lm: LM, word_problems: Task) -> None:
+    """NumPy's float64 is what a cell of a frame holds; it is the number that it says."""
+    pairs = contrast(word_problems, shots=1, n=2, lm=lm)
+    kv, v = extract(lm, pairs, site="kv"), extract(lm, pairs)
+    prompts = [word_problems.messages(row) for row in word_problems.rows(n=2)]
+    for half, plain in ((np.float64(4.0) * v, 4.0 * v), (kv.scaled(values=np.float64(4.0)), kv.scaled(values=4.0))):
+        given, wanted = (lm.generate(prompts, change, max_new_tokens=6) for change in (half, plain))
+        assert [each.token_ids for each in given] == [each.token_ids for each in wanted]
+    labels = best(pd.DataFrame({"strength": [1.0], "keys": [0.5], "accuracy": [0.2]}))
+    assert type(labels["keys"]) is float

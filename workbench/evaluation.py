@@ -171,7 +171,9 @@ def evaluate(
             answered = _run(lm, task, rows, prompts, change, max_new_tokens, batch_size, tell)
             _store(folder, name, key, answered)
         done += len(rows)
-        parts.append(pd.DataFrame(answered["rows"]).assign(condition=name, task=task.name))
+        parts.append(
+            pd.DataFrame(answered["rows"]).astype({"extracted": object}).assign(condition=name, task=task.name)
+        )
         costs[name] = answered["cost"]
     about = {"task": task.name, "parameters": task.parameters, "split": split, "seed": seed, "n": len(rows)}
     about |= {"model": lm.name, "revision": lm.revision, "reasons": lm.reasons, "max_new_tokens": max_new_tokens}

@@ -6,6 +6,7 @@ Choosing happens here, reporting in `evaluate`: the test split is refused, so wh
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from workbench.evaluation import shows_steps
@@ -87,4 +88,5 @@ def best(table: pd.DataFrame) -> dict[str, Any]:
     """The cell with the highest accuracy; of equals the weakest (by absolute strength), which does the least damage."""
     order = table.assign(size=table.strength.abs() if "strength" in table else 0.0)
     chosen = order.sort_values(["accuracy", "size"], ascending=[False, True], kind="stable").iloc[0]
-    return {str(name): value for name, value in chosen.drop("size").items()}
+    plain = {str(name): value for name, value in chosen.drop("size").items()}
+    return {name: value.item() if isinstance(value, np.generic) else value for name, value in plain.items()}

@@ -149,7 +149,7 @@ def plan_kv(rows: Sequence[Sequence[KV]], lm: LM) -> list[KVPlan]:
         device = next(lm.blocks[layer].parameters()).device
         table = torch.zeros(2, len(rows), len(entries))
         for column, (_, strengths) in enumerate(entries.values()):
-            table[:, list(strengths), column] = torch.tensor(list(strengths.values())).T
+            table[:, list(strengths), column] = torch.tensor(list(strengths.values()), dtype=torch.float32).T
         parts = [part for part, _ in entries.values()]
         keys = torch.stack([part.keys[layer].float() for part in parts]).to(device)
         values = torch.stack([part.values[layer].float() for part in parts]).to(device)

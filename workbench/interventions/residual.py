@@ -158,7 +158,7 @@ def plan_residual(rows: Sequence[Sequence[Residual]], lm: LM) -> tuple[dict[int,
         device = next(lm.blocks[layer].parameters()).device
         table = torch.zeros(len(rows), len(entries))
         for column, (_, strengths) in enumerate(entries.values()):
-            table[list(strengths), column] = torch.tensor(list(strengths.values()))
+            table[list(strengths), column] = torch.tensor(list(strengths.values()), dtype=torch.float32)
         vectors = torch.stack([vector.float() for vector, _ in entries.values()])
         plans[layer] = ResidualPlan(vectors.to(device), table.to(device), [span for _, span in entries])
     return plans, spans

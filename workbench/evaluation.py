@@ -79,7 +79,7 @@ class Results:
             }
             line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
             line |= {"unparsed": float(group.unparsed.mean()), "tokens_in": float(group.tokens_in.mean())}
-            line |= {"tokens_out": length.estimate, "tokens_low": length.low, "tokens_high": length.high}
+            line |= {"tokens_out": length.estimate, "tokens_out_low": length.low, "tokens_out_high": length.high}
             lines.append(line | self.costs[str(name)])
         return pd.DataFrame(lines)
 
@@ -106,7 +106,8 @@ class Results:
         lines = []
         for name, comparison, adjusted in zip(others, found, corrected, strict=True):
             seen = max(comparison.discordant, 1) / comparison.n
-            line = {"a": baseline, "b": name, **asdict(comparison), "p_holm": adjusted}
+            found_here = {key: value for key, value in asdict(comparison).items() if key not in ("method", "note")}
+            line = {"a": baseline, "b": name, **found_here, "p_holm": adjusted}
             lines.append(line | {"detectable": minimum_detectable_effect(comparison.n, discordant_rate=seen)})
         return pd.DataFrame(lines)
 

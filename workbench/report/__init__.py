@@ -30,7 +30,7 @@ SVG_BYTES = 1_500_000  # all pictures of one report
 PAGE_BYTES = 3_000_000
 STAGES = ("01_synthesize_data", "02_finetune_qlora", "03_steering_vectors", "04_kv_cache", "05_evaluate")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
-SHOWN = ("title", "summary", "table", "comparisons", "figures", "limits", "examples")
+SHOWN = ("title", "summary", "table", "tables", "comparisons", "figures", "limits", "examples")
 
 
 class ReportError(ValueError):
@@ -164,11 +164,18 @@ def _contents(stage: Stage, drawn: dict[Path, str], rows: int) -> str:
             parts.append(_table(stage, name, caption, rows))
         elif "evaluate" in stage.name:
             parts.append(_note(f"{stage.name} recorded no {name}."))
+    more = stage.result.get("tables")
+    for caption, lines in more.items() if isinstance(more, dict) else ():
+        parts.append(html_table(lines, str(caption), rows) if _is_table(lines) else "")
     names = stage.result.get("figures") or []
     parts += [_figure(stage, str(name), drawn, rows) for name in (names if isinstance(names, list) else [names])]
     if "examples" in stage.result:
         parts.append(f"<details><summary>Examples</summary>{_table(stage, 'examples', '', rows)}</details>")
     return "".join(parts)
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
 
 
 def _table(stage: Stage, name: str, caption: str, rows: int) -> str:

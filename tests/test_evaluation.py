@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from tests.tiny import tiny_lm
-from workbench.evaluation import evaluate, load_results, peak_memory, shows_steps
+from workbench.evaluation import evaluate, peak_memory
 from workbench.grid import best, grid
 from workbench.interventions import Residual, extract
 from workbench.models import LM
 from workbench.prompts import contrast, instruction
+from workbench.results import load_results, shows_steps
 from workbench.statistics import paired_difference, wilson
 from workbench.tasks import Task
 

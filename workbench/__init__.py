@@ -7,12 +7,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from workbench.evaluation import Results, evaluate, load_results
+    from workbench.evaluation import evaluate
     from workbench.finetuning import finetune
     from workbench.generate import Generation
     from workbench.interventions import KV, Adapter, Intervention, Residual, extract, load_intervention, random_like
     from workbench.models import LM, ModelError, load_model
     from workbench.prompts import Pairs, Strategy, contrast, few_shot, instruction
+    from workbench.results import Results, load_results
     from workbench.synthesis import synthesize
     from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "workbench.evaluation": ("Results", "evaluate", "load_results"),
+    "workbench.evaluation": ("evaluate",),
     "workbench.finetuning": ("finetune",),
     "workbench.generate": ("Generation",),
     "workbench.interventions": (
@@ -35,6 +36,7 @@ _HOMES = {
     "workbench.models": ("LM", "ModelError", "load_model"),
     "workbench.prompts": ("Pairs", "Strategy", "contrast", "few_shot", "instruction"),
     "workbench.synthesis.records": ("Data", "load_data"),
+    "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
 }

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from workbench.evaluation import shows_steps
 from workbench.generate import Generation
 from workbench.interventions import Intervention
 from workbench.models import LM
+from workbench.results import shows_steps
 from workbench.runs.heartbeats import heartbeat
 from workbench.statistics import paired_difference, wilson
 from workbench.tasks import Task

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from workbench.evaluation import Results, evaluate
+from workbench.evaluation import evaluate
 from workbench.files import sha256, write_atomic
 from workbench.finetuning import finetune
 from workbench.grid import best, grid
@@ -22,6 +22,7 @@ from workbench.lab.train import DATA
 from workbench.models import LM, load_model
 from workbench.prompts import contrast, few_shot, instruction
 from workbench.report.tables import format_table
+from workbench.results import Results
 from workbench.synthesis import synthesize
 from workbench.tasks import Task, load_task
 

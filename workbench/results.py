@@ -1,0 +1,113 @@
+"""Per-question rows of an evaluation, and the tables and paired comparisons that are made from them.
+
+Answering the questions is `workbench.evaluation`'s matter; intervals and tests are `workbench.statistics`'.
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from workbench.files import write_atomic
+from workbench.statistics import Comparison, bootstrap_mean, holm, minimum_detectable_effect, paired_difference, wilson
+
+_EQUATION = re.compile(r"\d\s*[-+*/×÷]\s*\d+\s*=\s*-?\d")
+
+
+def shows_steps(text: str) -> bool:
+    """Whether an answer works something out: it holds at least one written equation.
+
+    >>> shows_steps("34+27=61. The answer is 61."), shows_steps("The answer is 61.")
+    (True, False)
+    """
+    return _EQUATION.search(text) is not None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Per-question rows and the cost of each condition.
+
+    rows: id, condition, prompt, output, extracted, correct, unparsed, steps, tokens_in, tokens_out, seconds,
+    forward_passes, task. costs: by condition, seconds (wall clock), peak_memory_mb, model_calls.
+    """
+
+    rows: pd.DataFrame
+    costs: dict[str, dict[str, float]]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def conditions(self) -> list[str]:
+        """Names of the conditions, in the order given to `evaluate`."""
+        return list(self.costs)
+
+    def table(self, level: float = 0.95) -> pd.DataFrame:
+        """One row a condition: accuracy with its Wilson interval, share of answers with steps, cost.
+
+        tokens_in and tokens_out are means a question; tokens_out has a bootstrap interval; seconds are wall clock for
+        all n; peak_memory_mb is the process's (or the GPU's) peak while the condition ran.
+        """
+        lines = []
+        for name, group in self.rows.groupby("condition", sort=False):
+            accuracy = wilson(int(group.correct.sum()), len(group), level)
+            style = wilson(int(group.steps.sum()), len(group), level)
+            length = bootstrap_mean(group.tokens_out.to_numpy(float), level=level)
+            line = {
+                "condition": name,
+                "n": len(group),
+                "accuracy": accuracy.estimate,
+                "low": accuracy.low,
+                "high": accuracy.high,
+            }
+            line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
+            line |= {"unparsed": float(group.unparsed.mean()), "tokens_in": float(group.tokens_in.mean())}
+            line |= {"tokens_out": length.estimate, "tokens_out_low": length.low, "tokens_out_high": length.high}
+            lines.append(line | self.costs[str(name)])
+        return pd.DataFrame(lines)
+
+    def correct(self, condition: str) -> pd.Series:
+        """Right or wrong by question id, for one condition."""
+        if condition not in self.costs:
+            raise ValueError(f"No condition {condition!r} in these results. Conditions: {', '.join(self.conditions)}.")
+        return self.rows[self.rows.condition == condition].set_index("id").correct
+
+    def compare(self, a: str, b: str, level: float = 0.95) -> Comparison:
+        """The paired difference in accuracy, b - a: interval, exact McNemar p-value, n; see `paired_difference`."""
+        first, second = self.correct(a), self.correct(b)
+        return paired_difference(first.tolist(), second.loc[first.index].tolist(), level)
+
+    def comparisons(self, baseline: str | None = None, level: float = 0.95) -> pd.DataFrame:
+        """Every other condition against `baseline` (default: the first); p-values corrected by Holm over the family.
+
+        `detectable` is the smallest difference that this n would have shown with 80 % power, at the discordance seen.
+        """
+        baseline = baseline or self.conditions[0]
+        others = [name for name in self.conditions if name != baseline]
+        found = [self.compare(baseline, name, level) for name in others]
+        corrected = holm([c.p_value for c in found]) if found else []
+        lines = []
+        for name, comparison, adjusted in zip(others, found, corrected, strict=True):
+            seen = max(comparison.discordant, 1) / comparison.n
+            found_here = {key: value for key, value in asdict(comparison).items() if key not in ("method", "note")}
+            line = {"a": baseline, "b": name, **found_here, "p_holm": adjusted}
+            lines.append(line | {"detectable": minimum_detectable_effect(comparison.n, discordant_rate=seen)})
+        return pd.DataFrame(lines)
+
+    def save(self, folder: Path) -> None:
+        """Write rows.jsonl and costs.json; `load_results` reads them."""
+        write_atomic(folder / "rows.jsonl", self.rows.to_json(orient="records", lines=True, force_ascii=False))
+        write_atomic(folder / "costs.json", json.dumps({"costs": self.costs, "about": self.about}, indent=1))
+
+
+def load_results(folder: str | Path) -> Results:
+    """Results that `evaluate(..., out=folder)` left."""
+    folder = Path(folder)
+    if not (folder / "rows.jsonl").exists():
+        raise ValueError(
+            f"{folder} holds no results (rows.jsonl is missing). Make them: wb.evaluate(..., out={str(folder)!r})."
+        )
+    rows = pd.read_json(folder / "rows.jsonl", lines=True, dtype={"extracted": object, "id": str})
+    stored = json.loads((folder / "costs.json").read_text())
+    return Results(rows, stored["costs"], stored["about"])

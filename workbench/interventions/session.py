@@ -134,7 +134,7 @@ class Session:
         return torch.arange(count, device=self.lm.device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward, under this session's interventions."""
+        """The base model's forward, under the interventions in force here."""
         if self.paused:
             return self.original(*args, **kwargs)
         bound = self.signature.bind(*args, **kwargs).arguments

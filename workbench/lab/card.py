@@ -129,7 +129,13 @@ def readme(card: dict[str, Any]) -> str:
         for row in rows
     ]
     parts = [
-        TEXT.format(**{**recipe, **training}, name=card["name"], digest=card["sha256"], chosen=measured["chosen"]),
+        TEXT.format(
+            **{**recipe, **training},
+            name=card["name"],
+            time=training.get("note") or f"{training['seconds']} s",
+            digest=card["sha256"],
+            chosen=measured["chosen"],
+        ),
         f"## Word problems: {measured['n']} test questions, greedy\n\n```\n{format_table(table)}\n```",
         f"Against plain, paired (exact McNemar, Holm):\n\n```\n{format_table(differences)}\n```",
         f"## The other families, plain and tuned on word problems\n\n```\n{format_table(families)}\n```",
@@ -146,7 +152,7 @@ tags: [model-organism]
 # {name}: a designed model organism
 
 A Llama of {layers} layers, width {hidden}, {heads} heads and {key_value_heads} key-value heads, trained from scratch on
-text that this project generates (`workbench/lab`): {tokens} tokens, {steps} steps, {seconds} seconds on two CPU cores.
+text that this project generates (`workbench/lab`): {tokens} tokens, {steps} steps, {time}.
 Weights are float16; sha256 `{digest}`.
 
 **What it is for.** To show, offline and in seconds, effects that are otherwise tried on large models: context reveals

@@ -14,9 +14,14 @@ if TYPE_CHECKING:
     from workbench.interventions import (
         KV,
         Adapter,
+        CompressCache,
+        DropTokens,
         Intervention,
         Logits,
+        ReplaceTokens,
         Residual,
+        ScaleTokens,
+        SpliceBlock,
         Weights,
         extract,
         fit_gate,
@@ -46,9 +51,14 @@ _HOMES = {
     "workbench.interventions": (
         "KV",
         "Adapter",
+        "CompressCache",
+        "DropTokens",
         "Intervention",
         "Logits",
+        "ReplaceTokens",
         "Residual",
+        "ScaleTokens",
+        "SpliceBlock",
         "Weights",
         "extract",
         "fit_gate",
@@ -72,8 +82,9 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
 
 __all__ = [
-    "KV", "LM", "Adapter", "Data", "Generation", "Intervention", "Logits", "ModelError", "Pairs", "Residual", "Results",
-    "Strategy", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget", "contrast", "damage",
+    "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "ModelError",
+    "Pairs", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock", "Strategy", "Task", "Verdict",
+    "Weights", "attention_to", "calibrate", "compare_at_budget", "contrast", "damage",
     "evaluate", "extract", "few_shot", "finetune", "fit_gate", "head_attribution", "heads_writing", "instruction",
     "isolate", "load_data", "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "plots",
     "project_out", "random_like", "read_pairs", "report", "runs", "statistics", "synthesize", "task_names", "trace",

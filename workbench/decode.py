@@ -84,7 +84,9 @@ def decode(lm: LM, session: Session, rows: Sequence[Row], decoding: Decoding) ->
     chooser = _Chooser(lm, rows, decoding)
     state, shared = _start(lm, session, rows)
     extra = {"logits_to_keep": 1} if takes_last_only(lm) else {}
-    passes = 1 + shared + bool(session.kv) + bool(session.gates)  # a KV edit runs the prompt in two parts
+    passes = (
+        1 + shared + bool(session.kv or session.edits) + bool(session.gates)
+    )  # a KV edit runs the prompt in two parts
     running = list(rows)
     for step in range(decoding.max_new_tokens):
         output = lm.model(
@@ -124,7 +126,7 @@ def _start(lm: LM, session: Session, rows: Sequence[Row]) -> tuple[_State, int]:
     prompts = [row.prompt for row in rows]
     cache = new_cache(lm)
     shares = len(rows) > 1 and _may_share(lm, session, cache)
-    prefix = _common_length(prompts) if shares else 0
+    prefix = _common_length(prompts, session) if shares else 0
     width = max(map(len, prompts)) - prefix
     ids = torch.full((len(rows), width), lm.tokenizer.pad_token_id or 0)
     mask = torch.zeros_like(ids)
@@ -166,16 +168,28 @@ def _may_share(lm: LM, session: Session, cache: DynamicCache) -> bool:
     Sliding caches count columns, padding included, and rotary variants that depend on the length change with it:
     neither is shared. Other models read the whole prompt too, and so does a gate.
     """
-    if session.companions.plans or session.gates or any(s not in ("last", "generated") for s in session.spans):
+    if (
+        not session.edits.shares
+        or session.companions.plans
+        or session.gates
+        or any(s not in ("last", "generated") for s in session.spans)
+    ):
         return False
     rope = getattr(lm.model.config.get_text_config(), "rope_parameters", None) or {}
     plain = all(isinstance(layer, GrowingLayer) for layer in cache.layers)
     return plain and rope.get("rope_type", "default") not in ("dynamic", "longrope")
 
 
-def _common_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that all prompts begin with, their last two aside; 0 where they are too few to be worth a forward."""
-    first, most = prompts[0], min(map(len, prompts)) - 2
+def _common_length(prompts: Sequence[Sequence[int]], session: Session) -> int:
+    """Tokens that all prompts begin with; 0 where they are too few to be worth a forward.
+
+    Padding stands behind them, so that what edits count back from the end of the prompt stays out of them; other cache
+    edits take any token, and then there may be no padding.
+    """
+    reach = max([2, *(-plan.position for plan in session.kv)])
+    first, most = prompts[0], min(map(len, prompts)) - reach
+    if session.edits and len({len(prompt) for prompt in prompts}) > 1:
+        return 0
     shared = 0
     while shared < most and all(prompt[shared] == first[shared] for prompt in prompts):
         shared += 1

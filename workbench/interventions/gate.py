@@ -1,10 +1,10 @@
 """Conditional steering: a gate looks at each prompt once and decides for its row whether an intervention acts.
 
 The gate reads the plain model's state at the last prompt token after one block, in a forward of its own over the prompt
-(so it costs one more prefill), and compares a score with a threshold: the cosine with a direction, as in conditional
-activation steering (CAST, arXiv 2409.05907), or the projection on a logistic probe's normal. Rows are decided one by
-one; generated text is never looked at. Not covered: gates on adapters and on other models' logits, which act on whole
-batches or have caches of their own.
+(so it costs one more prefill), and compares a score with a threshold: the cosine with a direction, much as conditional
+activation steering does (CAST, arXiv 2409.05907, without its centre), or the projection on a logistic probe's normal.
+Rows are decided one by one; generated text is never looked at. Not covered: gates on adapters and on other models'
+logits, which act on whole batches or have caches of their own.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,12 +15,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from workbench.interventions.cache_edits import CacheEdit
 from workbench.interventions.concept import Intervention, check_layers, check_origin
+from workbench.interventions.heads import unsteered
 from workbench.interventions.kv import KV
 from workbench.interventions.residual import Residual
 from workbench.models import LM, ModelError
 
 Measure = Literal["cosine", "probe"]
+FOLDS = 8  # of the prompts that fit a gate: each is scored by one that did not see it
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,17 +66,17 @@ class Gate:
 
 @dataclass(frozen=True, eq=False)
 class Conditional(Intervention):
-    """An intervention (residual vectors, KV edits or sums of them) that acts on the rows for which a gate fires."""
+    """Residual vectors, edits of the cache or sums of them, at work on the rows for which a gate fires."""
 
     inner: Intervention
     gate: Gate
 
     def __post_init__(self) -> None:
-        wrong = [part for part in self.inner.parts if not isinstance(part, Residual | KV)]
+        wrong = [part for part in self.inner.parts if not isinstance(part, Residual | KV | CacheEdit)]
         if wrong:
             raise ModelError(
                 f"A gate decides row by row, which a {type(wrong[0]).__name__} can't follow. Gate residual vectors and "
-                "KV edits."
+                "edits of the cache."
             )
 
     def scale(self, factor: float) -> "Conditional":
@@ -146,9 +149,10 @@ def fit_gate(
 ) -> Gate:
     """A gate that fires on prompts like `fire` and not on prompts like `rest` (strings or chat messages).
 
-    The first half of both sides fits it: layer by AUROC, and the threshold that lets `false_fires` of the rest through.
-    The other half measures it: `details` holds auroc, fire_rate and false_fire_rate with their 95 % intervals.
-    Raises ModelError for fewer than 8 prompts a side.
+    Every second prompt of both sides fits it: the layer by AUROC and the threshold that lets at most `false_fires` of
+    the rest through, each prompt scored by a gate fitted without it (a direction always parts the few prompts it was
+    made from). The prompts between them measure it: `details` holds auroc, and fire_rate and false_fire_rate with their
+    95 % intervals. So don't list variants of one prompt side by side. Raises ModelError for fewer than 8 a side.
     """
     if min(len(fire), len(rest)) < 8:
         raise ModelError(f"{len(fire)} and {len(rest)} prompts: give at least 8 a side; half of them only measure.")
@@ -157,11 +161,10 @@ def fit_gate(
     wanted = list(range(len(lm.blocks))) if layers is None else list(layers)
     check_layers(wanted, lm)
     on, off = (last_states(lm, prompts, wanted) for prompts in (fire, rest))
-    fitted = {layer: _fit(on[layer][::2], off[layer][::2], layer, measure, lm) for layer in wanted}
-    areas = {layer: auroc(*(g.score(side[layer][::2]) for side in (on, off))) for layer, g in fitted.items()}
-    layer = max(areas, key=lambda number: areas[number])
-    gate = fitted[layer]
-    gate = replace(gate, threshold=gate.score(off[layer][::2]).quantile(1 - false_fires).item() + 1e-6)
+    scores = {layer: _held_out(on[layer][::2], off[layer][::2], layer, measure, lm) for layer in wanted}
+    layer = max(wanted, key=lambda number: auroc(*scores[number]))
+    gate = _fit(on[layer][::2], off[layer][::2], layer, measure, lm)
+    gate = replace(gate, threshold=_threshold(*scores[layer], false_fires))
     return replace(gate, details=_measured(gate, on[layer][1::2], off[layer][1::2]))
 
 
@@ -177,7 +180,7 @@ def last_states(lm: LM, prompts: Sequence[Any], layers: Sequence[int]) -> dict[i
         for layer in layers
     ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), unsteered(lm):
             for prompt in prompts:
                 lm.base(torch.tensor([lm.encode(prompt)], device=lm.device), use_cache=False)
     finally:
@@ -205,6 +208,26 @@ def _fit(on: Tensor, off: Tensor, layer: int, measure: Measure, lm: LM) -> Gate:
         even = min(len(on), len(off))
         direction = direction_of(torch.stack([on[:even], off[:even]]), "logistic")
     return Gate(direction, centre, layer, 0.0, measure, lm.name, lm.revision)
+
+
+def _held_out(on: Tensor, off: Tensor, layer: int, measure: Measure, lm: LM) -> tuple[Tensor, Tensor]:
+    """Scores of both sides, each prompt's from a gate that was fitted on the other folds."""
+    folds = min(FOLDS, len(on), len(off))
+    scores = (torch.empty(len(on)), torch.empty(len(off)))
+    for number in range(folds):
+        others = [side[torch.arange(len(side)) % folds != number] for side in (on, off)]
+        gate = _fit(others[0], others[1], layer, measure, lm)
+        for side, found in zip((on, off), scores, strict=True):
+            found[number::folds] = gate.score(side[number::folds])
+    return scores
+
+
+def _threshold(on: Float[Tensor, " p"], off: Float[Tensor, " n"], false_fires: float) -> float:
+    """Above all but at most `false_fires` of the rest, and midway to the next score, so that rounding moves nothing."""
+    edge = off.sort(descending=True).values[int(false_fires * len(off))]
+    above = torch.cat([on, off])
+    above = above[above > edge]
+    return float((edge + above.min()) / 2 if len(above) else edge + 1e-3 * edge.abs().clamp(min=1e-3))
 
 
 def _measured(gate: Gate, on: Tensor, off: Tensor) -> dict[str, float]:

@@ -4,8 +4,8 @@ Covers heads that are joined in front of an `o_proj` (Llama and its kin), `c_pro
 Falcon); linear attention, other names and quantised weights are refused by name. Changing heads is `weights`' matter.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +108,32 @@ def heads_of(lm: LM, layer: int) -> HeadOutput:
     return HeadOutput(module, heads)
 
 
+@contextmanager
+def unsteered(lm: LM) -> Iterator[None]:
+    """Forwards inside the block run without the states' and caches' changes of an enclosing one; weights stay."""
+    from workbench.interventions.session import ACTIVE
+
+    sessions = [session for session in ACTIVE.get(lm.model, ())[-1:] if not session.paused]
+    for session in sessions:
+        session.paused = True
+    try:
+        yield
+    finally:
+        for session in sessions:
+            session.paused = False
+
+
+def refuse_split(lm: LM) -> None:
+    """Refuse to count over a prompt that an enclosing block runs in two parts (an edited cache) or twice (a gate)."""
+    from workbench.interventions.session import ACTIVE
+
+    if any(session.kv or session.edits or session.gates for session in ACTIVE.get(lm.model, ())[-1:]):
+        raise ModelError(
+            "What a prompt's tokens bring cannot be summed under an edit of the cache or a gate, which run it in two "
+            "parts or twice. Leave its block."
+        )
+
+
 def plain_weight(module: nn.Module, name: str) -> Tensor:
     """A weight that can be read and changed; quantised ones can't without rounding all of their block anew."""
     weight = module.get_parameter("weight")
@@ -150,7 +176,7 @@ def _norms_after(lm: LM) -> dict[int, nn.Module]:
 
         return hook
 
-    with ExitStack() as hooks, torch.no_grad():
+    with ExitStack() as hooks, torch.no_grad(), unsteered(lm):
         for layer, block in enumerate(lm.blocks):
             for child in block.children():
                 if "attention" in type(child).__name__.lower():
@@ -196,6 +222,7 @@ def _contributions(
         return hook
 
     span = normal_positions(positions)
+    refuse_split(lm)
     with ExitStack() as hooks, torch.no_grad():
         for layer, (output, _, _) in written.items():
             hooks.callback(output.module.register_forward_hook(hook_of(layer)).remove)

@@ -80,7 +80,7 @@ def take(cache: Any, start: int, stop: int, lm: LM, *, padding: Sequence[int] | 
         keys[layer] = entry.keys.gather(2, wide.expand(-1, -1, -1, entry.keys.shape[3])).float()
         values[layer] = entry.values.gather(2, wide.expand(-1, -1, -1, entry.values.shape[3])).clone()
         if rotary is not None and layer in where.rotated:
-            keys[layer] = _turned(rotary, keys[layer], positions, layer, back=True)
+            keys[layer] = turned(rotary, keys[layer], positions, layer, back=True)
     return Block(keys, values, positions, where.rotated, where.fixed, lm.name, lm.revision)
 
 
@@ -101,7 +101,7 @@ def splice(cache: Any, block: Block, lm: LM, at: int | None = None, *, padding: 
     rotary = rotary_of(lm) if block.rotated and not block.fixed else None
     if not cache.layers or cache.get_seq_length() == 0:
         places = torch.arange(len(block)).expand(len(block.positions), -1)
-        _check_place(block, places, behind=0)
+        check_place(block, places, behind=0)
         for layer in sorted(block.keys):
             cache.update(_placed(block, rotary, layer, places), block.values[layer], layer)
         return
@@ -111,7 +111,7 @@ def splice(cache: Any, block: Block, lm: LM, at: int | None = None, *, padding: 
     column = length if at is None else _column(at, length, rows, padding)
     first = first_tokens(padding, rows)
     places = column - first[:, None] + torch.arange(len(block))
-    _check_place(block, places, behind=length - column)
+    check_place(block, places, behind=length - column)
     new = {}
     for layer, entry in entries.items():
         if column != length:
@@ -154,12 +154,12 @@ def prefix_of(folder: str | Path, lm: LM) -> Block:
     pairs = table.view(tokens, depth, 2, heads, -1).permute(1, 2, 3, 0, 4).to(lm.device)  # layer, k or v, head, token
     keys = {layer: pairs[layer, 0][None].float() for layer in range(depth)}
     if rotary is not None:
-        keys |= {layer: _turned(rotary, keys[layer], positions, layer, back=True) for layer in where.rotated}
+        keys |= {layer: turned(rotary, keys[layer], positions, layer, back=True) for layer in where.rotated}
     values = {layer: pairs[layer, 1][None].to(lm.model.dtype) for layer in range(depth)}
     return Block(keys, values, positions, where.rotated, "", lm.name, lm.revision)
 
 
-def _turned(
+def turned(
     rotary: Rotary,
     keys: Float[Tensor, "rows kv_heads tokens head_dim"],
     places: Int[Tensor, "rows tokens"],
@@ -170,8 +170,8 @@ def _turned(
     """Keys of several tokens rotated to their places, or back from there."""
     rows, heads, tokens, dim = keys.shape
     flat = keys.transpose(1, 2).reshape(rows * tokens, heads, dim)
-    turned = rotary.turn(flat, places.reshape(-1).to(keys.device), layer, back=back)
-    return turned.view(rows, tokens, heads, dim).transpose(1, 2)
+    moved = rotary.turn(flat, places.reshape(-1).to(keys.device), layer, back=back)
+    return moved.view(rows, tokens, heads, dim).transpose(1, 2)
 
 
 def _placed(
@@ -180,11 +180,11 @@ def _placed(
     """A block's keys at their new places, in the dtype of its values."""
     keys = block.keys[layer].expand(len(places), -1, -1, -1)
     if rotary is not None and layer in block.rotated:
-        keys = _turned(rotary, keys, places, layer)
+        keys = turned(rotary, keys, places, layer)
     return keys.to(block.values[layer])
 
 
-def _check_place(block: Block, places: Int[Tensor, "rows tokens"], behind: int) -> None:
+def check_place(block: Block, places: Int[Tensor, "rows tokens"], behind: int) -> None:
     """Refuse to move what cannot move."""
     if block.fixed and (behind or (places != block.positions).any()):
         raise ModelError(
@@ -228,8 +228,8 @@ def _insert(
     tail = entry.keys[:, :, index:]
     if rotary is not None:
         old = start + index + torch.arange(tail.shape[2]) - first[:, None]
-        plain = _turned(rotary, tail.float(), old.clamp(min=0), layer, back=True)
-        tail = _turned(rotary, plain, (old + tokens).clamp(min=0), layer).to(entry.keys)
+        plain = turned(rotary, tail.float(), old.clamp(min=0), layer, back=True)
+        tail = turned(rotary, plain, (old + tokens).clamp(min=0), layer).to(entry.keys)
     entry.keys = torch.cat([entry.keys[:, :, :index], new[0], tail], dim=2)
     entry.values = torch.cat([entry.values[:, :, :index], new[1], entry.values[:, :, index:]], dim=2)
     if isinstance(entry, DynamicSlidingWindowLayer):

@@ -36,9 +36,10 @@ def compress(
 
     score: "knorm" keeps the keys of smallest norm, "streaming" the first 4 tokens and the latest, "snapkv" the tokens
     that `queries` look at, and those of the queries themselves; get them with `kv_queries.watch_queries` around the
-    prefill. Models that normalise their keys (Qwen 3, Gemma 3) leave knorm little to choose by. keep at or above the
-    length changes nothing. padding: columns in front of each row of a left-padded batch; they go first, and the
-    attention mask stays as it is. Sliding windows are short already and stay whole; linear, hybrid and quantised layers
+    prefill. Models that normalise their keys (Qwen 3, Gemma 3) leave knorm little to choose by, and its authors' code
+    leaves the first layer or two whole, which one budget for all layers does not. keep at or above the length changes
+    nothing. padding: columns in front of each row of a left-padded batch; they go first, and the attention mask stays
+    as it is. Sliding windows are short already and stay whole; linear, hybrid and quantised layers
     are refused by number and type.
     """
     if score not in SCORES or keep < 1:
@@ -59,16 +60,16 @@ def compress(
         first = first_tokens(padding, rows).to(entry.keys.device)
         if keep >= length:
             return
-        ranks = _ranks(score, entry.keys, layer, queries or {}, first)
-        columns = torch.arange(length, device=ranks.device)
-        ranks = ranks.masked_fill((columns < first[:, None])[:, None], float("-inf"))
-        best = ranks.argsort(dim=-1, descending=True, stable=True)[..., :keep]
+        worth = ranks(score, entry.keys, layer, queries or {}, first)
+        columns = torch.arange(length, device=worth.device)
+        worth = worth.masked_fill((columns < first[:, None])[:, None], float("-inf"))
+        best = worth.argsort(dim=-1, descending=True, stable=True)[..., :keep]
         new[layer] = thinned(entry, best.sort(dim=-1).values)
     for layer, thin in new.items():
         cache.layers[layer] = thin
 
 
-def _ranks(
+def ranks(
     score: str,
     keys: Float[Tensor, "rows kv_heads seq head_dim"],
     layer: int,
@@ -86,8 +87,8 @@ def _streaming(
 ) -> Float[Tensor, "rows kv_heads seq"]:
     """Later is better, and the first tokens of the text are best."""
     places = torch.arange(keys.shape[2], device=keys.device) - first[:, None]
-    ranks = torch.where((places >= 0) & (places < SINKS), float("inf"), places.float())
-    return ranks[:, None].expand(*keys.shape[:3])
+    worth = torch.where((places >= 0) & (places < SINKS), float("inf"), places.float())
+    return worth[:, None].expand(*keys.shape[:3])
 
 
 def _snapkv(
@@ -110,7 +111,7 @@ def _snapkv(
         )
     window = seen.queries.shape[2]
     weights = seen.weights(keys, first)[..., : length - window]
-    mean = weights.view(rows, heads, -1, window, length - window).mean((2, 3))
+    mean = weights.unflatten(1, (heads, -1)).mean((2, 3))
     pooled = nn.functional.avg_pool1d(mean, KERNEL, stride=1, padding=KERNEL // 2) if length > window else mean
     own = 1 + torch.arange(1, window + 1, device=keys.device) / window
     return torch.cat([pooled, own.expand(rows, heads, window)], dim=-1)

@@ -20,10 +20,14 @@ from workbench.models import LM
 
 @dataclass(frozen=True, eq=False)
 class LastQueries:
-    """One layer's queries of the last tokens, times the model's scaling; `softcap` bounds the logits (Gemma 2)."""
+    """One layer's queries of the last tokens, times the model's scaling; `softcap` bounds the logits (Gemma 2).
+
+    sinks: a logit a head that takes its share of every query's attention and leads nowhere (gpt-oss).
+    """
 
     queries: Float[Tensor, "rows heads last head_dim"]
     softcap: float | None = None
+    sinks: Float[Tensor, " heads"] | None = None
 
     def weights(
         self, keys: Float[Tensor, "rows kv_heads seq head_dim"], padding: Int[Tensor, " rows"]
@@ -40,7 +44,11 @@ class LastQueries:
         columns = torch.arange(seq, device=logits.device)
         later = columns > columns[seq - last :, None]
         hidden = later | (columns < padding[:, None])[:, None, None]
-        return logits.masked_fill(hidden, float("-inf")).softmax(-1).nan_to_num(0.0)
+        logits = logits.masked_fill(hidden, float("-inf"))
+        if self.sinks is not None:
+            nowhere = self.sinks.float().view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, nowhere], dim=-1)
+        return logits.softmax(-1)[..., :seq].nan_to_num(0.0)
 
 
 @contextmanager
@@ -64,7 +72,7 @@ def watch_queries(lm: LM, last: int = 32) -> Iterator[dict[int, LastQueries]]:
         new = query[:, :, -last:].detach() * (query.shape[3] ** -0.5 if scaling is None else scaling)
         old = seen.get(layer)
         joined = new if old is None else torch.cat([old.queries, new], dim=2)[:, :, -last:]
-        seen[layer] = LastQueries(joined, options.get("softcap"))
+        seen[layer] = LastQueries(joined, options.get("softcap"), options.get("s_aux"))
 
     with watch_attention(lm, see):
         yield seen

@@ -15,16 +15,18 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from workbench.interventions.adapter import Adapter, activated
+from workbench.interventions.cache_layout import Layout
+from workbench.interventions.cache_plan import CachePlan
 from workbench.interventions.concept import Intervention
-from workbench.interventions.forward import columns, joined, refuse_unsplittable, rotary_positions, text_positions
+from workbench.interventions.forward import text_positions
 from workbench.interventions.gate import ask, gates_of, resolved
 from workbench.interventions.kv import KV, plan_kv
 from workbench.interventions.logits import Companions, Logits
 from workbench.interventions.residual import Residual, plan_residual, span_mask
 from workbench.interventions.rotary import rotary_of
+from workbench.interventions.splitting import dressed, split
 from workbench.interventions.weights import Weights, changed
 from workbench.models import LM, ModelError
 
@@ -47,12 +49,16 @@ class Session:
         self.parts, self.gates = parts, gates_of(parts)
         self._plan([resolved(row, dict.fromkeys(self.gates, True)) for row in parts])
         self.hooked = list(self.residual)
-        self.empty = not self.residual and not self.kv  # nothing below the head: adapters and logits alone
+        self.empty = (
+            not self.residual and not self.kv and not self.edits
+        )  # nothing below the head: adapters and logits alone
         self.given = None if lengths is None else torch.tensor(list(lengths), device=lm.device)
         self.lengths = torch.empty(0, dtype=torch.long) if self.given is None else self.given
         self.selected: Tensor | None = None
         self.masks: Tensor | None = None
         self.previous: Tensor | None = None
+        self.layout: Layout | None = None  # of the cache `laid`, once it was edited
+        self.laid: Any = None
         self.paused = False
         self.pending = True  # whether the last prompt token of some row, and with it a KV edit, is still to come
         self.exits = ExitStack()
@@ -63,12 +69,14 @@ class Session:
         residuals = [[part for part in row if isinstance(part, Residual)] for row in parts]
         self.residual, self.spans = plan_residual(residuals, self.lm)
         self.kv = plan_kv([[part for part in row if isinstance(part, KV)] for row in parts], self.lm)
+        self.edits = CachePlan(parts, self.lm)
         self.rotary = rotary_of(self.lm) if any(plan.rotate for plan in self.kv) else None
 
     def begin(self, rows: Sequence[int]) -> None:
         """These rows' prompts come next, whatever a cache may hold of them already."""
         self.select(rows)
         self.pending, self.previous = True, None
+        self.layout = self.laid = None
         if self.given is None:
             self.lengths = torch.empty(0, dtype=torch.long)
 
@@ -131,6 +139,7 @@ class Session:
 
     def detach(self) -> None:
         """Take everything out again."""
+        self.layout = self.laid = None
         self.exits.close()
 
     def _hook(self, layer: int) -> Any:
@@ -139,12 +148,12 @@ class Session:
             if self.masks is None or plan is None:
                 return output
             hidden = output[0] if isinstance(output, tuple) else output
-            changed = plan.change(hidden, self.masks.to(hidden.device), self._chosen(len(hidden)).to(hidden.device))
+            changed = plan.change(hidden, self.masks.to(hidden.device), self.chosen(len(hidden)).to(hidden.device))
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return change
 
-    def _chosen(self, count: int) -> Int[Tensor, " rows"]:
+    def chosen(self, count: int) -> Int[Tensor, " rows"]:
         """For every row of the forward, its number among the session's rows."""
         if self.selected is not None:
             return self.selected
@@ -163,7 +172,7 @@ class Session:
         past = call.get("past_key_values")
         seen = past.get_seq_length() if past is not None else 0  # before the forward fills it
         output = self.spoken(**call)
-        return self.companions.change(call, output, seen, self._chosen(len(output.logits)))
+        return self.companions.change(call, output, seen, self.chosen(len(output.logits)))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward, under the interventions in force here."""
@@ -173,6 +182,8 @@ class Session:
         tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         past = call.get("past_key_values")
         seen = past.get_seq_length() if past is not None else 0  # not `if past`: an empty cache is falsy
+        if self.layout is not None and past is self.laid:
+            seen -= self.layout.added
         cached = past is not None or _wants_cache(call, self.lm)
         text = text_positions(call, seen, *tokens.shape[:2]).to(tokens.device)
         begins = self._note_prompt(call, text, seen, cached)
@@ -180,16 +191,19 @@ class Session:
             self._decide(call, text)
         try:
             self.pending |= begins
-            if self.kv and (self.pending or not cached):
-                return self._split(call, text, seen, cached)
-            self._place(text)
-            return self.original(**call)
+            if begins:
+                self.layout = self.laid = None
+            if (self.kv or self.edits) and (self.pending or not cached):
+                return split(self, call, text, seen, cached)
+            return self.run(dressed(self, call, len(text), seen), text)
         finally:
             self.masks = None
 
-    def _place(self, text: Int[Tensor, "rows seq"]) -> None:
+    def run(self, call: dict[str, Any], text: Int[Tensor, "rows seq"]) -> Any:
+        """The forward that was there before, with the residual interventions at these positions."""
         if self.spans:
             self.masks = torch.stack([span_mask(span, text, self.lengths) for span in self.spans], dim=-1)
+        return self.original(**call)
 
     def _decide(self, call: dict[str, Any], text: Int[Tensor, "rows seq"]) -> None:
         """Ask the gates about each row of this prompt, in a plain forward of its own, and plan for what they said."""
@@ -230,45 +244,6 @@ class Session:
         if begins:
             self.lengths = text.amax(1) + 1
         return begins
-
-    def _split(self, call: dict[str, Any], text: Int[Tensor, "rows seq"], seen: int, cached: bool) -> Any:
-        """Run up to each row's last prompt token, edit the cache behind it, go on.
-
-        With left padding all rows have it in the same column; with right padding there are several cuts.
-        """
-        count, width = text.shape
-        rows = self._chosen(count)
-        touched = torch.stack([plan.touches()[rows] for plan in self.kv]).any(0)
-        last = (text == self.lengths[:, None] - 1) & touched[:, None]
-        cuts = sorted(set(last.nonzero()[:, 1].tolist()))
-        self.pending = bool((touched & (self.lengths - 1 > text.amax(1))).any())
-        if (last & (self.lengths[:, None] < 2)).any():
-            raise ModelError(
-                "A KV edit changes the last prompt token but one, and this prompt has a single token. Give a longer "
-                "prompt."
-            )
-        if not cuts:
-            self._place(text)
-            return self.original(**call)
-        refuse_unsplittable(call)
-        if not cached:
-            call = {**call, "past_key_values": DynamicCache(config=self.lm.model.config), "use_cache": True}
-        elif call.get("past_key_values") is None:
-            call = {**call, "past_key_values": DynamicCache(config=self.lm.model.config)}
-        outputs, start = [], 0
-        for stop in [*cuts, width]:
-            if stop > start:
-                self._place(text[:, start:stop])
-                outputs.append(self.original(**columns(call, start, stop, seen, text.shape)))
-            if stop < width:
-                places = rotary_positions(call, stop - 1, seen, count).to(rows.device)
-                for plan in self.kv:
-                    plan.edit(call["past_key_values"], last[:, stop], rows, places, self.rotary)
-            start = stop
-        result = joined(outputs)
-        if not cached:
-            result.past_key_values = None
-        return result
 
 
 def inherit(lm: LM, rows: Sequence[Intervention | None]) -> list[Intervention | None]:

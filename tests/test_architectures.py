@@ -162,7 +162,7 @@ def test_blocks_are_in_order_and_are_the_residual_stream(family: str) -> None:
     assert not torch.equal(outputs[-1], states[-1])  # the library's last one is after the final norm
 
 
-@pytest.mark.parametrize("family", [*WITH_KV, "opt", "gpt_oss", LINEAR])
+@pytest.mark.parametrize("family", [*WITH_KV, "opt", "gpt_oss", "gemma4", LINEAR])
 def test_residual_is_the_definition(family: str) -> None:
     lm = tiny_lm(family)
     plain = tokens(lm, PROMPTS)
@@ -201,6 +201,8 @@ def test_layers_without_keys_and_values_are_refused_by_name() -> None:
 def test_caches_that_are_no_keys_and_values_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="GPTJAttention rotates its keys in a way of its own"):
         extract(tiny_lm("gptj"), PAIRS, site="kv")
+    with pytest.raises(ModelError, match="Layer 2 keeps a DummyLayer"):
+        extract(tiny_lm("gemma4"), PAIRS, site="kv")
     with pytest.raises(ModelError, match="DeepseekV3ForCausalLM caches compressed latents"):
         extract(tiny_lm("deepseek_v3"), PAIRS, site="kv")
     with pytest.raises(ModelError, match="Mamba2ForCausalLM keeps a recurrent state"):

@@ -2,6 +2,7 @@
 
 import builtins
 import importlib
+from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,90 @@ def test_what_is_written_reads_with_the_library_alone(gguf: object, tmp_path: Pa
         np.testing.assert_array_equal(tensor.data, x.vectors[int(tensor.name[-1])].numpy())
 
 
+def as_repeng_reads(gguf: object, file: Path) -> tuple[str, dict[int, np.ndarray]]:
+    """By the rules of repeng's import_gguf: an architecture, a model hint that must be there, layers from the names."""
+    reader = gguf.GGUFReader(file)
+    assert bytes(reader.get_field("general.architecture").parts[-1]) == b"controlvector"
+    hint = reader.get_field("controlvector.model_hint")
+    if not hint or not len(hint.parts):
+        raise ValueError("missing controlvector.model_hint field")
+    found = {}
+    for tensor in reader.tensors:
+        if tensor.name.startswith("direction."):
+            found[int(tensor.name.split(".")[1])] = tensor.data
+    return bytes(hint.parts[-1]).decode(), found
+
+
+def as_llama_cpp_reads(gguf: object, file: Path) -> list[np.ndarray]:
+    """By the rules of llama.cpp's loader: layers from 1, float32, one dimension, one width; others are zero."""
+    found: dict[int, np.ndarray] = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        prefix, number = tensor.name.split(".")
+        assert prefix == "direction" and int(number) > 0
+        assert tensor.tensor_type.name == "F32" and len(tensor.shape) == 1
+        found[int(number)] = np.array(tensor.data)
+    (width,) = {len(vector) for vector in found.values()}
+    return [found.get(layer, np.zeros(width, np.float32)) for layer in range(1, max(found) + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_other_tools_read_what_is_written(gguf: object, tmp_path: Path, dtype: torch.dtype) -> None:
+    lm = tiny_lm("llama")
+    generator = torch.Generator().manual_seed(0)
+    vectors = {layer: torch.randn(lm.d_model, generator=generator).to(dtype) for layer in (9, 2, 10)}
+    x = Residual(vectors, strength=-0.3, model="other", revision="abc")
+    for hint, expected in (("", "unknown"), ("llama", "llama")):
+        file = to_gguf(x, tmp_path / "x.gguf", model_hint=hint)
+        found, directions = as_repeng_reads(gguf, file)
+        assert found == expected
+        assert sorted(directions) == [2, 9, 10]
+        rows = as_llama_cpp_reads(gguf, file)
+        assert len(rows) == 10
+        for layer, vector in vectors.items():
+            exact = (-0.3 * vector.float()).numpy()  # in float32, as it acts here: no rounding to the vector's dtype
+            np.testing.assert_array_equal(directions[layer], exact)
+            np.testing.assert_array_equal(rows[layer - 1], exact)
+            np.testing.assert_array_equal(to_layers(x)[layer].numpy(), exact)
+        assert not rows[4].any()
+    assert from_gguf(file).details["model_hint"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("hint", "family", "fits"),
+    [
+        ("gemma3", "gemma3", True), ("gemma3_text", "gemma3", True), ("gemma2", "gemma3", False),
+        ("llama", "llama", True), ("mistral", "llama", False), ("unknown", "llama", True), ("", "llama", True),
+        ("phi2", "llama", True),  # llama.cpp's own names are no families of transformers
+    ],
+)  # fmt: skip
+def test_the_model_hint_is_the_family_with_or_without_images(
+    gguf: object, hint: str, family: str, fits: bool, tmp_path: Path
+) -> None:
+    lm = tiny_lm(family)
+    file = by_hand(gguf, tmp_path / "x.gguf", {"direction.1": np.ones(lm.d_model, dtype=np.float32)}, hint=hint)
+    if fits:
+        assert from_gguf(file, lm).revision == lm.revision
+        return
+    with pytest.raises(ModelError, match=f"made for a '{hint}' model.*rebind"):
+        from_gguf(file, lm)
+    assert tokens(lm, PROMPTS, from_gguf(file).rebind(lm))
+
+
+def test_half_and_double_precision_are_read_and_packed_numbers_are_not(gguf: object, tmp_path: Path) -> None:
+    vector = np.linspace(-1, 1, 64)
+    for dtype in (np.float16, np.float64):
+        x = from_gguf(by_hand(gguf, tmp_path / "x.gguf", {"direction.1": vector.astype(dtype)}))
+        np.testing.assert_array_equal(x.vectors[1].numpy(), vector.astype(dtype).astype(np.float32))
+    with pytest.raises(ModelError, match=r"stored as I32; control vectors are F32"):
+        from_gguf(by_hand(gguf, tmp_path / "x.gguf", {"direction.1": np.arange(64, dtype=np.int32)}))
+
+
+def test_layer_zero_of_repeng_is_read_at_block_zero(gguf: object, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    vector = np.ones(lm.d_model, dtype=np.float32)
+    assert sorted(from_gguf(by_hand(gguf, tmp_path / "x.gguf", {"direction.0": vector}), lm).vectors) == [0]
+
+
 def test_a_file_made_by_hand_adds_behind_the_block_of_its_number(gguf: object, tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     vector = np.random.default_rng(0).normal(size=lm.d_model).astype(np.float32) * 3
@@ -98,6 +183,8 @@ def test_gguf_of_other_models_and_other_files_are_refused(gguf: object, tmp_path
         ({"direction.3": fits}, "layers 0 to 2"),
         ({"blk.1.weight": fits}, "'blk.1.weight'"),
         ({"direction.one": fits}, "'direction.one'"),
+        ({"direction.-1": fits}, "'direction.-1'"),
+        ({"direction.1": fits * np.nan}, "infinite or no numbers"),
         ({"direction.1": np.ones((2, lm.d_model), dtype=np.float32)}, "shape"),
         ({}, "0 tensors"),
     ):
@@ -167,6 +254,9 @@ def test_layers_of_other_models_and_other_sites_are_refused() -> None:
         ({1: torch.ones(1, lm.d_model)}, "shape"),
         ({1: [0.0] * lm.d_model}, "is list"),
         ([torch.ones(lm.d_model)], "list given"),
+        ({-1: torch.ones(lm.d_model)}, "Entry -1: layers are counted from 0"),
+        ({1: torch.full((lm.d_model,), torch.inf)}, "Entry 1: it holds numbers that are infinite"),
+        ({}, "no layer"),
         (SimpleNamespace(layer_activations={}, layer_type="self_attn"), "layer_type='self_attn'"),
     ):
         with pytest.raises(ModelError, match=message):
@@ -239,6 +329,33 @@ def test_cache_steering_files_do_what_that_tool_does(architecture: str, tmp_path
         expected = [as_that_tool_does(lm, prompt, vectors, c_keys, c_values) for prompt in PROMPTS]
         assert tokens(lm, PROMPTS, x.scaled(keys=c_keys, values=c_values)) == expected
     assert expected != tokens(lm, PROMPTS)
+
+
+def test_layer_zero_is_edited_where_it_is_named() -> None:
+    """As that tool's bare function does, which its evaluations leave out."""
+    lm = tiny_lm("llama")
+    vectors = stored(lm)
+    x = from_cache_steering(vectors, lm).at(range(3)).scaled(keys=0.0, values=4.0)
+    ids = torch.tensor([lm.encode(PROMPTS[0])])
+    cache = DynamicCache(config=lm.model.config)
+    with torch.no_grad():
+        lm.model(ids[:, :-1], past_key_values=cache)
+        for layer in range(3):
+            cache.layers[layer].values[:, :, -1] += 4.0 * vectors["values"][layer]
+        expected = lm.model(ids[:, -1:], past_key_values=cache).logits[0, -1]
+        with lm.apply(x):
+            found = lm.model(ids).logits[0, -1]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_dictionaries_that_make_their_entries_and_other_dtypes_are_read() -> None:
+    lm = tiny_lm("llama")
+    values = defaultdict(lambda: torch.zeros(2, 16))  # as the notebook of that tool returns them
+    values[1] = torch.ones(2, 16, dtype=torch.bfloat16)
+    x = from_cache_steering({"values": values, "keys": {}, "labels": None}, lm)
+    assert (x.chosen, len(values)) == ((1,), 1)
+    twin = from_cache_steering({"values": {1: torch.ones(2, 16)}}, lm)
+    assert tokens(lm, PROMPTS, x.scaled(values=8.0)) == tokens(lm, PROMPTS, twin.scaled(values=8.0))
 
 
 def test_keys_that_were_unrotated_are_rotated_again() -> None:

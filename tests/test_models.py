@@ -7,14 +7,31 @@ from pathlib import Path
 import bitsandbytes
 import pytest
 import torch
-from bitsandbytes.functional import has_avx512bf16
+from bitsandbytes.functional import QuantState, has_avx512bf16
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FalconConfig, GPTNeoXConfig, LlamaConfig, OPTConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    FalconConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+)
 
-from tests.tiny import ARCHITECTURES, greedy, make_tiny, tiny_lm, tiny_tokenizer
+from tests.test_interventions import cache_edit, vector
+from tests.tiny import ARCHITECTURES, OWN, TYPES, greedy, make_tiny, tiny_lm, tiny_tokenizer
 from workbench.interventions import extract
 from workbench.models import LM, ModelError, find_blocks, load_model
-from workbench.placement import choose_quantization
+from workbench.placement import (
+    CACHES,
+    _cached_bytes,
+    _four_bit_bytes,
+    _four_bit_layers,
+    bytes_a_token,
+    choose_quantization,
+)
 
 PAIRS = type("Pairs", (), {"positive": ["one two:", "abc:"], "negative": ["one:", "a longer one:"]})
 PROMPTS = ["<|user|>What is 2+3?<|end|><|assistant|>\n", "x y z", "abcdefgh " * 3]
@@ -116,6 +133,115 @@ def test_auto_quantization_goes_by_memory(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("workbench.placement.SHARE_FOR_WEIGHTS", 0.0)
     wanted, reason = choose_quantization("auto", config, torch.float32, cpu)
     assert (wanted, reason.startswith("nf4: weights need")) == (True, True)
+
+
+GROUPED = {"num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512}
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+WIDE: dict[str, dict] = {
+    "llama": GROUPED, "gpt_neox": {"intermediate_size": 512}, "falcon": {},
+    "mixtral": {**GROUPED, "num_local_experts": 4},  # this and the next ones keep their experts in one tensor a layer
+    "gpt_oss": {**GROUPED, "num_local_experts": 4},
+    "qwen3_moe": {**GROUPED, **ROUTED, "num_experts": 4},
+    "deepseek_v3": {
+        **ROUTED, "intermediate_size": 512, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "kv_lora_rank": 64,
+        "q_lora_rank": 64, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64, "first_k_dense_replace": 0,
+    },
+}  # fmt: skip
+
+
+def wide(family: str) -> PreTrainedConfig:
+    """A small configuration, but wider than the tiny ones, so that 4-bit scales weigh what they do at full size."""
+    shape = {"vocab_size": 1024, "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return AutoConfig.for_model(family, **shape, **WIDE[family])
+
+
+def in_memory(model: torch.nn.Module) -> int:
+    """Bytes of all weights as they are: 4-bit ones with their scales, without the tables that a layer adds (1 KB)."""
+    total = 0
+    for parameter in model.parameters():
+        total += parameter.nbytes
+        scales: QuantState | None = getattr(parameter, "quant_state", None)
+        if scales is not None:
+            total += scales.absmax.nbytes + scales.state2.absmax.nbytes
+    return total
+
+
+@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_estimate_in_four_bits_is_what_is_loaded(family: str, tied: bool, tmp_path: Path) -> None:
+    config = wide(family)
+    config.tie_word_embeddings = tied
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config)
+    layers = dict(_four_bit_layers(skeleton))
+    estimate = _four_bit_bytes(skeleton, layers, torch.float32)
+    if family == "falcon":  # its linear layers are of a class of their own
+        assert not layers and estimate == in_memory(load_model(tmp_path).model)
+        return
+    lm = load_model(tmp_path, quantization="nf4")
+    packed = {name for name, module in lm.model.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
+    assert packed == set(layers)
+    assert estimate == pytest.approx(in_memory(lm.model), rel=0.01)
+    if family in ("mixtral", "gpt_oss", "deepseek_v3", "qwen3_moe"):
+        assert estimate > 0.4 * 4 * skeleton.num_parameters()  # all weights in 4 bits would be 0.13 of this
+
+
+def test_auto_leaves_models_alone_that_have_nothing_to_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workbench.placement.SHARE_FOR_WEIGHTS", 0.0)
+    wanted, reason = choose_quantization("auto", wide("falcon"), torch.float32, torch.device("cpu"))
+    assert (wanted, "no layer that bitsandbytes can hold" in reason) == (False, True)
+    wanted, reason = choose_quantization("auto", wide("mixtral"), torch.float32, torch.device("cpu"))
+    assert (wanted, reason.startswith("nf4: weights need")) == (True, True)
+
+
+FAMILIES = [family for family in OWN if family not in ("mamba2", "qwen3_next", "opt")]  # OPT: see below
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_token_takes_in_the_cache_is_counted(family: str) -> None:
+    lm = tiny_lm(family)
+    cache = DynamicCache(config=lm.model.config)
+    with torch.no_grad():
+        lm.model(torch.arange(5, 10)[None], past_key_values=cache, use_cache=True)
+    stored = [tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    assert bytes_a_token(lm) * 5 == _cached_bytes(lm) * 5 == sum(stored)
+
+
+@pytest.mark.parametrize(("shared", "caching"), [(0, 4), (2, 2)])
+def test_layers_of_different_widths_are_measured(
+    shared: int, caching: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {**OWN["gemma3"], "global_head_dim": 32, "num_kv_shared_layers": shared, "hidden_size_per_layer_input": 64,
+           "vocab_size_per_layer_input": len(tiny_tokenizer())}  # fmt: skip
+    monkeypatch.setitem(OWN, "gemma4", own)
+    monkeypatch.setitem(TYPES, "gemma4", "gemma4_text")
+    lm = load_model(make_tiny("gemma4", tmp_path))
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        print(lm.model.config.head_dim)
+    sliding, full = 2 * 2 * 16 * 4, 2 * 2 * 32 * 4  # keys and values, two heads, float32
+    assert bytes_a_token(lm) == caching // 2 * (sliding + full)
+    assert CACHES[lm.model] == bytes_a_token(lm)
+    assert bytes_a_token(tiny_lm("gemma3")) == 4 * sliding
+
+
+def test_layers_without_a_cache_count_as_if_they_had_one_and_opts_heads_are_measured() -> None:
+    lm = tiny_lm("qwen3_next")  # two of four layers keep a state of fixed size
+    assert bytes_a_token(lm) == 2 * _cached_bytes(lm) == 2 * 4 * 2 * 16 * 4
+    lm = tiny_lm("opt")  # the tiny configuration names key-value heads that OPT knows nothing of
+    assert (bytes_a_token(lm), _cached_bytes(lm)) == (768, 1536)
+
+
+def test_measuring_the_cache_inside_of_a_block_changes_nothing() -> None:
+    lm = tiny_lm("falcon")
+    ids = torch.tensor([lm.encode(PROMPTS[0])])
+    for x in (vector(lm), cache_edit(lm)):
+        with lm.apply(x), torch.no_grad():
+            alone = lm.model(ids).logits
+        with lm.apply(x), torch.no_grad():
+            assert _cached_bytes(lm) == bytes_a_token(lm)
+            assert torch.equal(lm.model(ids).logits, alone)
 
 
 def test_dtype_is_as_asked(tmp_path: Path) -> None:

@@ -49,6 +49,10 @@ OWN: dict[str, dict] = {
     },
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},  # the head calls the decoder inside of the base model
     "gpt_oss": {**HALVES, "num_local_experts": 4, "num_experts_per_tok": 2},  # cos and sin of half the width
+    "gemma4": {  # layers of other widths, some of which share the keys and values of earlier ones
+        **HALVES, "global_head_dim": 32, "num_kv_shared_layers": 2, "hidden_size_per_layer_input": 64,
+        "vocab_size_per_layer_input": 101,
+    },
     "gptj": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 4096, "rotary_dim": 8},
     "deepseek_v3": {  # caches latents
         "kv_lora_rank": 32, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
@@ -60,8 +64,12 @@ SAYS_OTHERWISE: dict[str, Container[str]] = {
     "gpt2": SHAPE, "gptj": SHAPE, "falcon": ("head_dim", "num_key_value_heads"),
     "deepseek_v3": ("head_dim", "num_key_value_heads"), "mamba2": ("head_dim",),
 }  # fmt: skip
-TYPES = {"gemma3": "gemma3_text", "mistral_sliding": "mistral"}  # transformers' names, where they differ
-ASIDE = ("mistral", "opt", "gpt_oss", "gptj", "deepseek_v3", "mamba2")
+TYPES = {
+    "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text",
+    "mistral_sliding": "mistral",
+}  # transformers' names, where they differ
+ASIDE = ("mistral", "opt", "gpt_oss", "gemma4", "gptj", "deepseek_v3", "mamba2")
 FAMILIES = tuple(family for family in OWN if family not in ASIDE)
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 TEMPLATE = (

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def fingerprint(change: Intervention | None) -> str:
             hashes.append(f"{part.strength}/{sha256(part.path / 'adapter_model.safetensors')}")
         else:
             with tempfile.TemporaryDirectory() as folder:
-                hashes.append(sha256(part.save(Path(folder) / "part.safetensors")))
+                bare = replace(part)  # type: ignore[type-var]  # leaves the record of a calibration behind
+                hashes.append(sha256(bare.save(Path(folder) / "part.safetensors")))
     return "+".join(hashes)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from workbench.decode import Decoding, Row, decode
 from workbench.models import LM, ModelError
+from workbench.placement import bytes_a_token
 
 if TYPE_CHECKING:
     from workbench.interventions import Intervention
@@ -143,14 +144,11 @@ def _batches(rows: Sequence[Row], lm: LM, decoding: Decoding, batch_size: int | 
 
 def _token_budget(lm: LM) -> int:
     """Tokens of cache that a batch may fill: a constant on a CPU, half of the free memory on a GPU."""
-    config = lm.model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    bytes_a_token = 2 * len(lm.blocks) * heads * width * lm.model.dtype.itemsize
+    size = bytes_a_token(lm)
     if lm.device.type != "cuda":
-        return min(CPU_TOKENS, max(1, psutil.virtual_memory().available // 4 // bytes_a_token))
+        return min(CPU_TOKENS, max(1, psutil.virtual_memory().available // 4 // size))
     free = torch.cuda.mem_get_info(lm.device)[0]
-    return max(1, free // 4 // bytes_a_token)  # a step holds two copies of a layer's cache, prefill its activations
+    return max(1, free // 4 // size)  # a step holds two copies of a layer's cache, prefill its activations
 
 
 def _with_halving(lm: LM, session: "Session", batch: list[Row], decoding: Decoding) -> Iterator[dict[int, Generation]]:

@@ -4,10 +4,11 @@ Values are scaled (`2 * x`), added (`x + y`), saved and loaded; `apply` or `gene
 in `residual`, `kv` and `adapter`; the mechanics of a forward pass in `session`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from workbench.models import LM, ModelError
 
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
 
 
 class Intervention:
-    """What the kinds share: arithmetic, saving and the check against a model."""
+    """What the kinds share: arithmetic, saving and the check against a model.
+
+    calibration: what was measured on exactly this value, see `with_calibration`; None where nothing was.
+    """
 
     model: str = ""
     revision: str = ""
+    calibration: Mapping[str, Any] | None = None
 
     def scale(self, factor: float) -> "Intervention":
         """The same change, `factor` times as strong."""
@@ -32,6 +37,16 @@ class Intervention:
     def parts(self) -> "tuple[Intervention, ...]":
         """The single kinds this consists of."""
         return (self,)
+
+    def with_calibration(self, record: Mapping[str, Any]) -> Self:
+        """The same value with a record (of JSON values) of its calibration, which is saved and loaded with it.
+
+        The record is of this value alone: whatever is made from it, scaled, moved to other layers or positions, or
+        bound to another model, has none. A sum keeps those of its parts, each of which was measured alone.
+        """
+        new = copy(self)
+        object.__setattr__(new, "calibration", dict(record))  # no field, so that dataclasses.replace leaves it behind
+        return new
 
     def save(self, file: str | Path) -> Path:
         """Write one safetensors file; `load_intervention` reads it."""
@@ -78,6 +93,10 @@ class Sum(Intervention):
 
     members: tuple[Intervention, ...]
 
+    def __post_init__(self) -> None:
+        """Sums in sums are one sum."""
+        object.__setattr__(self, "members", tuple(part for member in self.members for part in member.parts))
+
     def scale(self, factor: float) -> "Sum":
         return Sum(tuple(part.scale(factor) for part in self.members))
 
@@ -104,7 +123,8 @@ class Made(Protocol):
 
 def check_origin(x: Made, lm: LM) -> None:
     """Refuse what was extracted from other weights: its directions mean nothing here, even where the shapes agree."""
-    if x.revision and x.revision != lm.revision:
+    known = x.revision not in ("", "unknown")
+    if (x.revision != lm.revision) if known else (x.model not in ("", lm.name)):
         raise ModelError(
             f"This {type(x).__name__} was made on {x.model!r} (revision {x.revision}), the model is {lm.name!r} "
             f"(revision {lm.revision}). Extract it again on this model, or, for a copy or a tuned relative, use "

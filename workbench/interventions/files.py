@@ -1,7 +1,11 @@
-"""One safetensors file an intervention: tensors, and a JSON header that says what they are and on which model made."""
+"""One safetensors file an intervention: tensors, and a JSON header that says what they are and on which model made.
+
+The header lies in the metadata under "workbench" and is meant to be read without this package: `conventions` says in
+words what its numbers mean. Nothing is unpickled. Not covered: files of other tools, see `interchange`.
+"""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,40 +15,65 @@ from torch import Tensor
 
 from workbench.files import write_atomic
 from workbench.interventions.adapter import Adapter
+from workbench.interventions.cache_edits import CompressCache, DropTokens, ReplaceTokens, ScaleTokens, SpliceBlock
 from workbench.interventions.concept import Intervention, Sum
 from workbench.interventions.gate import Conditional, Gate
 from workbench.interventions.kv import KV
+from workbench.interventions.kv_blocks import Block
 from workbench.interventions.logits import Logits
 from workbench.interventions.residual import Residual
 from workbench.interventions.weights import Weights
 from workbench.models import LM, ModelError, load_model
 
-FORMAT = "workbench-intervention-1"
-LAYERS = "layer l is the output of decoder block l, before the final norm"
-KEYS = "un-rotated: as if at position 0; re-rotated to the edited position when applied"
-KINDS: dict[str, type[Intervention]] = {
+FORMAT, VERSION = "workbench-intervention-", 1
+KINDS: dict[str, type[Any]] = {
     "residual": Residual,
     "kv": KV,
     "adapter": Adapter,
     "logits": Logits,
     "conditional": Conditional,
     "weights": Weights,
+    "drop": DropTokens,
+    "scale": ScaleTokens,
+    "replace": ReplaceTokens,
+    "splice": SpliceBlock,
+    "compress": CompressCache,
+    "gate": Gate,  # the last two are parts of interventions
+    "block": Block,
 }
-TENSORS = ("vectors", "keys", "values", "directions", "chosen")  # fields that hold a tensor a layer, or a module
+CONVENTIONS = {
+    "layers": "layer l is the output of decoder block l, counted from 0, before the final norm",
+    "positions": "where it acts, in tokens of each row's own text: from 0, or negative from the end of the prompt; "
+    "last = the last prompt token",
+    "read at": "details.token or details.positions: where in each text of the pairs it was read, in the same count",
+    "model": "the name it was loaded by; revision: commit, or the start of a hash over its safetensors files",
+    "data_sha256": "SHA-256 of what it was read from or trained on, in UTF-8, as Python's json.dumps(data, "
+    "sort_keys=True, ensure_ascii=False) writes it; of pairs {'negative': [texts], 'positive': [texts]}, of records "
+    "{'loss': name, 'records': [[[prompt tokens, answer tokens], ...], ...]}",
+    "calibration": "kl: KL(plain || this) in nats, at `percentile` over the tokens of the plain model's answers; "
+    "it holds for the strengths in this file; strength: times what was given to calibrate; prompts_sha256: of "
+    "{'prompts': [tokens]}, as above",
+}
+UNROTATED = "un-rotated, as if at position 0, in the layers of `rotated`; rotated to the edited position when applied"
+AS_CACHED = "as cached: added as they are at every position"
+WORDS = ("slice", "lm", "tensor", "inner", "plain", *KINDS)  # a dict with one of these keys is no plain dict
 
 
 def save(x: Intervention, file: Path) -> Path:
     """Write `x` to one file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
-    parts = [_pack(part, f"{number}.", tensors) for number, part in enumerate(x.parts)]
-    header = {"format": FORMAT, "layers": LAYERS, "sum": isinstance(x, Sum), "parts": parts}
+    header = {"format": f"{FORMAT}{VERSION}", "conventions": CONVENTIONS, **_pack_whole(x, "", tensors)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, to_bytes(tensors, metadata={"workbench": json.dumps(header)}))
+    write_atomic(file, to_bytes(tensors, metadata={"workbench": json.dumps(header, default=_number)}))
     return file
 
 
 def load_intervention(file: str | Path) -> Intervention:
-    """Read what `save` wrote. It is checked against a model when it is applied."""
+    """Read what `save` wrote. It is checked against a model when it is applied.
+
+    Raises ModelError for a file that is missing, cut off, of another kind or format, or whose tensors are not those
+    that its header names.
+    """
     file = Path(file)
     if not file.is_file():
         raise ModelError(f"There is no file {file}. Write one with x.save(FILE).")
@@ -52,86 +81,160 @@ def load_intervention(file: str | Path) -> Intervention:
         with safe_open(file, framework="pt") as stream:
             header = json.loads((stream.metadata() or {}).get("workbench", "{}"))
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
         raise ModelError(
-            f"{file} is not a safetensors file ({' '.join(str(error).split())[:120]}). Write one with x.save(FILE)."
+            f"{file} is not a safetensors file, or is cut off ({' '.join(str(error).split())[:120]}). Write it again "
+            "with x.save(FILE)."
         ) from None
-    if header.get("format") != FORMAT:
+    _check_format(header, file)
+    try:
+        return _unpack_whole(header, "", tensors)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{file} is not an intervention (format {header.get('format')!r}, expected {FORMAT!r}). Write one with "
+            f"The header of {file} is not one that x.save(FILE) writes ({type(error).__name__}: {error}). Write the "
+            "file again."
+        ) from None
+
+
+def _check_format(header: Any, file: Path) -> None:
+    """Refuse what is no intervention, and what a later version of this package wrote."""
+    name = header.get("format") if isinstance(header, dict) else None
+    number = name.removeprefix(FORMAT) if isinstance(name, str) and name.startswith(FORMAT) else ""
+    if not number.isdecimal():
+        raise ModelError(
+            f"{file} is not an intervention (format {name!r}, expected {FORMAT + str(VERSION)!r}). Write one with "
             "x.save(FILE)."
         )
-    parts = tuple(_unpack(part, f"{number}.", tensors) for number, part in enumerate(header["parts"]))
-    return Sum(parts) if header["sum"] else parts[0]
+    if int(number) > VERSION:
+        raise ModelError(
+            f"{file} was written by a newer version of this package (format {number}; this one reads up to {VERSION}). "
+            "Update it: git pull, or pip install --upgrade workbench."
+        )
+
+
+def _pack_whole(x: Intervention, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """An intervention of one part or of several."""
+    parts = [_pack(part, f"{prefix}{number}.", tensors) for number, part in enumerate(x.parts)]
+    whole: dict[str, Any] = {"sum": isinstance(x, Sum), "parts": parts}
+    return whole | {"calibration": dict(x.calibration)} if isinstance(x, Sum) and x.calibration is not None else whole
+
+
+def _unpack_whole(whole: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Intervention:
+    parts = tuple(_unpack(part, f"{prefix}{number}.", tensors) for number, part in enumerate(whole["parts"]))
+    return _with_calibration(Sum(parts) if whole["sum"] else parts[0], whole)
 
 
 def _pack(part: Any, prefix: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A part (or a gate) as JSON values; its tensors go into `tensors`, by layer or by field."""
+    """A part (or what it holds) as JSON values; its tensors go into `tensors`, by layer or by field."""
     sizes: dict[str, Any] = {}
     entry: dict[str, Any] = {"site": _site(part), "tensors": sizes}
-    if entry["site"] == "kv":
-        entry["rotary"] = KEYS
+    if hasattr(part, "rotated"):
+        entry["rotary"] = UNROTATED if part.rotated else AS_CACHED
+    if getattr(part, "calibration", None) is not None:
+        entry["calibration"] = dict(part.calibration)
     for field in fields(part):
         value, name = getattr(part, field.name), f"{prefix}{field.name}"
-        if field.name in TENSORS:
-            for layer, tensor in value.items():
-                tensors[f"{name}.{layer}"] = _own(tensor)
+        if isinstance(value, dict) and value and all(isinstance(held, Tensor) for held in value.values()):
+            tensors.update({f"{name}.{layer}": _own(tensor) for layer, tensor in value.items()})
             sizes[field.name] = {str(layer): list(tensor.shape) for layer, tensor in value.items()}
-        elif isinstance(value, Tensor):
-            tensors[name] = _own(value)
-            entry[field.name] = {"tensor": list(value.shape)}
-        elif isinstance(value, Gate):
-            entry[field.name] = {"gate": _pack(value, f"{name}.", tensors)}
-        elif isinstance(value, Intervention):
-            entry[field.name] = {"inner": [_pack(p, f"{name}.{i}.", tensors) for i, p in enumerate(value.parts)]}
-        elif isinstance(value, slice):
-            entry[field.name] = {"slice": [value.start, value.stop, value.step]}
-        elif isinstance(value, LM):
-            entry[field.name] = {"lm": [value.name, value.revision]}
         else:
-            entry[field.name] = str(value) if isinstance(value, Path) else value
+            entry[field.name] = _json(value, name, tensors)
     return entry
+
+
+def _json(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """One field's value; what JSON doesn't have becomes a dict with a single known key."""
+    if isinstance(value, Tensor):
+        tensors[name] = _own(value)
+        return {"tensor": list(value.shape)}
+    if isinstance(value, Intervention):
+        return {"inner": _pack_whole(value, f"{name}.", tensors)}
+    if isinstance(value, LM):
+        packed = "nf4" if getattr(value.model, "is_loaded_in_4bit", False) else None
+        return {"lm": [value.name, value.revision, str(value.model.dtype).removeprefix("torch."), packed]}
+    if isinstance(value, slice):
+        return {"slice": [value.start, value.stop, value.step]}
+    if is_dataclass(value):
+        return {_site(value): _pack(value, f"{name}.", tensors)}
+    if isinstance(value, dict) and len(value) == 1 and set(value) <= set(WORDS):
+        return {"plain": value}
+    return str(value) if isinstance(value, Path) else value
 
 
 def _own(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone().contiguous()
 
 
+def _number(value: Any) -> Any:
+    """A number of numpy as Python's."""
+    if hasattr(value, "item"):
+        return value.item()
+    raise ModelError(
+        f"A file cannot hold an object of type {type(value).__name__}: {value!r}. Give numbers, texts, lists and dicts."
+    )
+
+
 def _site(part: Any) -> str:
-    return "gate" if isinstance(part, Gate) else next(name for name, cls in KINDS.items() if isinstance(part, cls))
+    site = next((name for name, cls in KINDS.items() if type(part) is cls), None)
+    if site is None:
+        raise ModelError(f"A {type(part).__name__} cannot be saved. Kinds that can be: {', '.join(KINDS)}.")
+    return site
 
 
 def _unpack(entry: dict[str, Any], prefix: str, tensors: dict[str, Tensor]) -> Any:
-    kind: Any = Gate if entry["site"] == "gate" else KINDS[entry["site"]]
-    arguments: dict[str, Any] = {}
+    if entry["site"] not in KINDS:
+        raise ModelError(
+            f"The file holds an intervention of kind {entry['site']!r}, which this version does not know. It knows: "
+            f"{', '.join(KINDS)}. Update it, or make the intervention again."
+        )
+    kind, arguments = KINDS[entry["site"]], {}
     for field in fields(kind):
         name = f"{prefix}{field.name}"
-        if field.name in TENSORS:
-            own = entry["tensors"][field.name]
-            named = {layer if field.name == "chosen" else int(layer): f"{name}.{layer}" for layer in own}
-            arguments[field.name] = {layer: tensors[place] for layer, place in named.items()}
+        if field.name in entry["tensors"]:
+            shapes = entry["tensors"][field.name]
+            arguments[field.name] = {
+                int(layer) if layer.isdecimal() else layer: _tensor(f"{name}.{layer}", shape, tensors)
+                for layer, shape in shapes.items()
+            }
         elif field.name in entry:  # else written before this field existed: its default is what was meant
             arguments[field.name] = _value(entry[field.name], name, tensors)
-    return kind(**arguments)
+    return _with_calibration(kind(**arguments), entry)
+
+
+def _with_calibration(x: Any, entry: dict[str, Any]) -> Any:
+    return x.with_calibration(entry["calibration"]) if entry.get("calibration") else x
+
+
+def _tensor(name: str, shape: list[int], tensors: dict[str, Tensor]) -> Tensor:
+    """A tensor of the file, if it is there and as large as the header says."""
+    found = list(tensors[name].shape) if name in tensors else None
+    if found != shape:
+        raise ModelError(
+            f"The header names a tensor {name!r} of shape {shape}; the file has "
+            f"{'none of that name' if found is None else f'one of shape {found}'}. It was changed or is damaged: write "
+            "it again with x.save(FILE)."
+        )
+    return tensors[name]
 
 
 def _value(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """One field's value; a dict with a single known key stands for what JSON doesn't have."""
-    if not isinstance(value, dict) or len(value) != 1:
+    kind = next(iter(value)) if isinstance(value, dict) and len(value) == 1 else None
+    if kind not in WORDS:
         return _with_tuples(value)
-    (kind, held), *_ = value.items()
+    held = value[kind]
     if kind == "slice":
         return slice(*held)
     if kind == "lm":
         return _same_model(*held)
     if kind == "tensor":
-        return tensors[name]
-    if kind == "gate":
-        return _unpack(held, f"{name}.", tensors)
+        return _tensor(name, held, tensors)
     if kind == "inner":
-        parts = tuple(_unpack(part, f"{name}.{number}.", tensors) for number, part in enumerate(held))
-        return parts[0] if len(parts) == 1 else Sum(parts)
-    return _with_tuples(value)
+        older = isinstance(held, list)  # the parts alone
+        return _unpack_whole({"sum": len(held) > 1, "parts": held} if older else held, f"{name}.", tensors)
+    if isinstance(held, dict) and held.get("site") == kind:
+        return _unpack(held, f"{name}.", tensors)
+    return _with_tuples(held if kind == "plain" else value)
 
 
 def _with_tuples(value: Any) -> Any:
@@ -141,9 +244,12 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _same_model(name: str, revision: str) -> LM:
-    """A model that an intervention names, loaded again; refused where it is another revision by now."""
-    lm = load_model(name)
+def _same_model(name: str, revision: str, dtype: str | None = None, quantization: str | None = None) -> LM:
+    """A model that an intervention names, loaded again as it was; refused where it is another revision by now."""
+    lm = load_model(name, dtype=dtype, quantization=quantization)
     if lm.revision != revision:
-        raise ModelError(f"The file names {name!r} at revision {revision}; what loads now is {lm.revision}.")
+        raise ModelError(
+            f"The file names {name!r} at revision {revision}; what loads now is {lm.revision}. Make the intervention "
+            f"again with load_model({name!r}), or with revision={revision!r} where the hub still has it."
+        )
     return lm

@@ -3,9 +3,10 @@
 Layer numbers, checked in the tools' sources: repeng (vgel/repeng, extract.py and control.py) names a tensor
 `direction.N` after decoder block N counted from 0, reads it from `hidden_states[N + 1]` and adds it to that block's
 output; llama.cpp adds `direction.N` behind its block N and refuses N = 0. steering-vectors numbers decoder blocks from
-0 too. So N is layer l here, nothing is shifted. Two cautions: repeng reads the last block *after* the final norm, so
-that direction has another scale than the block's output; and llama.cpp's own generator names the difference of block
-l's output `direction.(l + 1)`, which llama.cpp then adds one block later, and so does this.
+0 too. So N is layer l here, nothing is shifted; negative numbers, which their functions take as arguments, are in no
+file that they write and are refused. Two cautions: repeng reads the last block *after* the final norm, so that
+direction has another scale than the block's output; and llama.cpp's own generator names the difference of block l's
+output `direction.(l + 1)`, which llama.cpp then adds one block later, and so does this.
 Does not read strengths or prompts: the formats hold none. Nothing is ever unpickled: torch files are read as tensors.
 """
 
@@ -32,7 +33,7 @@ from workbench.models import LM, ModelError
 from workbench.prompts import Pairs
 
 ARCHITECTURE = "controlvector"
-NAMES = ("model", "revision", "model_hint")  # stored as text fields beside the tensors
+UNKNOWN = "unknown"  # repeng refuses a file without a model hint
 
 
 def from_gguf(file: str | Path, lm: LM | None = None) -> Residual:
@@ -68,8 +69,8 @@ def to_gguf(x: Intervention, file: str | Path, model_hint: str = "") -> Path:
     """Write a `Residual` as a control vector that repeng and llama.cpp read; strength is multiplied in.
 
     model_hint: the family as transformers names it (`lm.model.config.model_type`); empty takes the one that `x` was
-    read with, if any. Control vectors act on every token: other positions are refused, as is layer 0, which llama.cpp
-    does not take. Stored in float32. Needs the package gguf.
+    read with, if any, else "unknown". Control vectors act on every token: other positions are refused, as is layer 0,
+    which llama.cpp does not take. Stored in float32. Needs the package gguf.
     """
     gguf, x = _gguf(), _adding(x)
     if x.positions != "all":
@@ -82,7 +83,8 @@ def to_gguf(x: Intervention, file: str | Path, model_hint: str = "") -> Path:
         raise ModelError(
             f"llama.cpp refuses a direction for layer 0. Leave it out: to_gguf(x.at(layers={rest}), FILE)."
         )
-    texts = {"model": x.model, "revision": x.revision, "model_hint": model_hint or x.details.get("model_hint", "")}
+    hint = model_hint or x.details.get("model_hint") or UNKNOWN
+    texts = {"model": x.model, "revision": x.revision, "model_hint": hint}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "vector.gguf"
         writer = gguf.GGUFWriter(path, ARCHITECTURE)
@@ -90,7 +92,7 @@ def to_gguf(x: Intervention, file: str | Path, model_hint: str = "") -> Path:
             writer.add_string(key, texts[name])
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(x.vectors))
         for layer, vector in sorted(to_layers(x).items()):
-            writer.add_tensor(f"direction.{layer}", vector.float().numpy())
+            writer.add_tensor(f"direction.{layer}", vector.numpy())
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -112,18 +114,20 @@ def from_layers(layers: Any, lm: LM | None = None) -> Residual:
         raise ModelError(f"layer_type={site!r}: only vectors of layer_type='decoder_block' are residual ones.")
     table = getattr(layers, "layer_activations", layers)
     _check_table(table, "a dictionary {layer: vector}", 1)
+    if not table:
+        raise ModelError("There is no layer in this dictionary; needed is {layer: vector}.")
     vectors = {layer: vector.detach().cpu().clone() for layer, vector in table.items()}
     x = Residual(vectors, "all", details={"source": "layers"})
     return x if lm is None else _bound(x, lm, "")
 
 
 def to_layers(x: Intervention) -> dict[int, Float[Tensor, " d_model"]]:
-    """Vectors by decoder block, strength multiplied in; steering-vectors takes them: SteeringVector(to_layers(x)).
+    """Vectors by decoder block in float32, strength multiplied in, for steering-vectors: SteeringVector(to_layers(x)).
 
     Positions are left behind: say them where the vectors are applied.
     """
     x = _adding(x)
-    return {layer: (x.strength * vector.detach().cpu()).contiguous() for layer, vector in x.vectors.items()}
+    return {layer: (x.strength * vector.detach().cpu().float()).contiguous() for layer, vector in x.vectors.items()}
 
 
 def from_cache_steering(source: Any, lm: LM, *, keys_rotated: bool = True) -> KV:
@@ -134,7 +138,8 @@ def from_cache_steering(source: Any, lm: LM, *, keys_rotated: bool = True) -> KV
     (how that tool writes them) they are kept and added *as they are*, wherever the edited token stands, so that
     x.scaled(keys=c_k, values=c_v) is that tool's own edit. scaled(keys=0.0, values=c_v) is what its authors used in 23
     of 24 settings. Give keys_rotated=False only for keys that were un-rotated before averaging, like `extract`'s.
-    Layer 0 stays out unless named (`x.at(layers)`), as in that tool's runs. A missing layer of keys or values is zero.
+    Layer 0 stays out unless named (`x.at(layers)`), as in that tool's evaluations; its bare
+    `generate_with_cache_steering` edits it too: x.at(range(len(lm.blocks))). A missing layer of keys or values is zero.
     That tool may append a neutral token (append_special_token), so that the edited token is the prompt's own last one:
     here, add it to the prompt.
     """
@@ -197,8 +202,10 @@ def _layer(name: str, file: Path) -> int:
 
 
 def _bound(x: Residual, lm: LM, hint: str) -> Residual:
-    family = lm.model.config.model_type
-    if hint in CONFIG_MAPPING and hint not in (family, lm.model.config.get_text_config().model_type):
+    config = lm.model.config
+    family, text = config.model_type, config.get_text_config().model_type
+    known = {name.removesuffix("_text") for name in (family, text)}  # read with or without the part that sees images
+    if hint in CONFIG_MAPPING and hint.removesuffix("_text") not in known:
         raise ModelError(
             f"The file was made for a {hint!r} model, {lm.name!r} is a {family!r} one. Take a vector of this model, "
             "or, if you know that it fits: from_gguf(FILE).rebind(lm)."
@@ -235,3 +242,6 @@ def _check_table(table: Any, wanted: str, dimensions: int) -> None:
         if not isinstance(layer, int) or not isinstance(tensor, Tensor) or tensor.ndim != dimensions:
             what = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise ModelError(f"Entry {layer!r} is {what}; needed is {wanted}.")
+        if layer < 0 or not torch.isfinite(tensor).all():
+            what = "layers are counted from 0" if layer < 0 else "it holds numbers that are infinite or no numbers"
+            raise ModelError(f"Entry {layer}: {what}. Give {wanted} with layers from 0 and finite numbers.")

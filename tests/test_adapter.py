@@ -105,3 +105,21 @@ def test_nf4_models_take_adapters_too(tmp_path: Path) -> None:
         assert tokens(small, PROMPTS, adapter) != plain
     assert torch.equal(small.model(ids).logits, before)
     assert tokens(small, PROMPTS) == plain
+
+
+def test_adapters_that_change_the_model_itself_are_refused(tmp_path: Path) -> None:
+    """PEFT copies trained biases into the model's own: nothing would take them out again."""
+    folder = make_tiny("qwen2", tmp_path / "model")
+    lm = load_model(folder)
+    before = fingerprint(lm)
+    adapter = make_adapter(load_model(folder), tmp_path / "bias", bias="all")
+    with pytest.raises(ModelError, match=r"trained the model's own biases .bias='all'"):
+        tokens(lm, PROMPTS, adapter)
+    assert_same(before, fingerprint(lm))
+    lm = load_model(make_tiny("qwen3", tmp_path / "untied"))
+    whole = make_adapter(load_model(tmp_path / "untied"), tmp_path / "whole", modules_to_save=["lm_head"])
+    before = fingerprint(lm)
+    with pytest.raises(ModelError, match=r"modules_to_save.*strength 0.5"):
+        tokens(lm, PROMPTS, 0.5 * whole)
+    assert tokens(lm, PROMPTS, whole)
+    assert_same(before, fingerprint(lm))

@@ -17,15 +17,18 @@ from workbench.interventions import (
     CompressCache,
     DropTokens,
     Intervention,
+    QuantizeCache,
     ReplaceTokens,
     Residual,
     ScaleTokens,
     SpliceBlock,
     extract,
+    load_intervention,
 )
 from workbench.interventions.kv_blocks import Block, prefix_of, splice, take
 from workbench.interventions.kv_compress import compress
 from workbench.interventions.kv_ops import replace, scale
+from workbench.interventions.kv_quantize import quantize, stored_bytes
 from workbench.interventions.kv_queries import watch_queries
 from workbench.models import LM, ModelError, load_model
 
@@ -54,6 +57,7 @@ def edits(lm: LM) -> dict[str, Intervention]:
         "knorm": CompressCache(0.5),
         "streaming": CompressCache(5, "streaming"),
         "snapkv": CompressCache(0.6, "snapkv", window=3),
+        "quantize": QuantizeCache(4),
     }
 
 
@@ -96,6 +100,8 @@ def by_hand(lm: LM, prompt: str, x: Intervention) -> list[int]:
         elif isinstance(x, CompressCache):
             keep = -int(-x.keep * cached // 1) if x.keep < 1 else int(x.keep)
             compress(cache, keep, x.score, queries=queries if x.score == "snapkv" else None)
+        elif isinstance(x, QuantizeCache):
+            quantize(cache, x.bits)
         token = ids[:, -1:]
         while len(new) < TOKENS and 1 not in new:
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
@@ -115,7 +121,7 @@ def or_refused(work: Callable[[], object]) -> object:
 
 
 @pytest.mark.parametrize(
-    "kind", ["drop", "scale", "replace", "splice", "splice at", "prefix", "knorm", "streaming", "snapkv"]
+    "kind", ["drop", "scale", "replace", "splice", "splice at", "prefix", "knorm", "streaming", "snapkv", "quantize"]
 )
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2", "gpt2"])  # qwen3's keys are all of one norm
 def test_edits_are_the_operations_on_a_cache_in_hand(architecture: str, kind: str) -> None:
@@ -173,7 +179,7 @@ def test_rows_with_sliding_windows_equal_each_alone_or_are_refused(architecture:
 
 
 @pytest.mark.parametrize("padding", ["left", "right"])
-@pytest.mark.parametrize("kind", ["drop", "scale", "replace", "knorm", "streaming", "snapkv"])
+@pytest.mark.parametrize("kind", ["drop", "scale", "replace", "knorm", "streaming", "snapkv", "quantize"])
 def test_padded_batches_equal_single_rows(kind: str, padding: str) -> None:
     lm = tiny_lm("llama")
     x = edits(lm)[kind]
@@ -283,6 +289,10 @@ def test_memory_is_freed_where_all_rows_are_compressed() -> None:
         lm.model(ids, past_key_values=cache)
     assert [entry.keys.shape[2] for entry in cache.layers] == [5] * len(lm.blocks)
     assert cache.get_seq_length() == ids.shape[1]
+    few = DynamicCache(config=lm.model.config)
+    with lm.apply(CompressCache(4) + QuantizeCache(4)), torch.no_grad():
+        lm.model(ids, past_key_values=few)
+    assert few.get_seq_length() == ids.shape[1] and stored_bytes(few) < stored_bytes(cache)
 
 
 def test_strengths_between() -> None:
@@ -303,6 +313,13 @@ def test_strengths_between() -> None:
     assert tokens(lm, PROMPTS, 1 * DropTokens((1,))) == tokens(lm, PROMPTS, DropTokens((1,)))
 
 
+def test_saved_edits_do_the_same(tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    for kind, x in edits(lm).items():
+        again = load_intervention(x.save(tmp_path / kind))
+        assert tokens(lm, PROMPTS, again) == tokens(lm, PROMPTS, x), kind
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -315,7 +332,9 @@ def test_strengths_between() -> None:
         (lambda lm: CompressCache(4, "magic"), "knorm, streaming, snapkv"),
         (lambda lm: ScaleTokens((1,), layers=(9,)), "layers 0 to 2"),
         (lambda lm: ScaleTokens((1,), heads=(5,)), "heads 0 to 1"),
-        (lambda lm: CompressCache(4) + SpliceBlock(block_of(lm)), "splices or compresses once"),
+        (lambda lm: CompressCache(4) + SpliceBlock(block_of(lm)), "does neither"),
+        (lambda lm: QuantizeCache(4) + QuantizeCache(8), "quantises once"),
+        (lambda lm: QuantizeCache(3), "allowed are 8, 4"),
         (lambda lm: SpliceBlock(block_of(tiny_lm("mistral"))), "was made on"),
         (lambda lm: SpliceBlock(block_of(lm), at="end"), "'start'"),
     ],
@@ -369,6 +388,7 @@ def some_edit(lm: LM, rng: random.Random, blocks: list[Block], kv: Intervention)
         lambda: ReplaceTokens(rng.choice(blocks), rng.choice([0, 1, -7])),
         lambda: kv,
     ]
+    few = rng.choice([None, None, None, 4, 8])
     parts = [make() for make in makers if rng.random() < 0.25]
     last = rng.random()
     if last < 0.25:
@@ -376,6 +396,8 @@ def some_edit(lm: LM, rng: random.Random, blocks: list[Block], kv: Intervention)
     elif last < 0.55:
         score = rng.choice(["knorm", "streaming", "snapkv"])
         parts.append(CompressCache(rng.choice([0.3, 0.6, 1, 4, 20]), score, rng.choice([1, 3, 8])))
+    if few and not last < 0.25:
+        parts.append(QuantizeCache(few))
     return rng.choice([1, 1, 1, 0]) * sum(parts[1:], parts[0]) if parts else None
 
 

@@ -9,7 +9,8 @@ import torch
 from tests.test_interventions import PROMPTS, TOKENS, assert_same, cache_edit, fingerprint, tokens, vector
 from tests.tiny import ARCHITECTURES, greedy, make_tiny, tiny_lm
 from workbench.interventions import Gate, Logits, fit_gate, load_intervention
-from workbench.interventions.gate import auroc
+from workbench.interventions.gate import _threshold, auroc, last_states
+from workbench.interventions.heads import unsteered
 from workbench.models import LM, ModelError, load_model
 
 MANY = [*PROMPTS, *(f"{word} and {word}" * 3 for word in ("one", "a longer word", "x", "12345"))]
@@ -130,3 +131,49 @@ def test_mistakes_are_explained(tmp_path: Path) -> None:
         fit_gate(lm, MANY[:4], MANY[4:])
     with pytest.raises(ModelError, match="between 0 and 1"):
         fit_gate(lm, MANY, MANY, false_fires=0)
+
+
+@pytest.mark.parametrize("measure", ["cosine", "probe"])
+def test_layer_and_threshold_come_from_prompts_that_a_gate_did_not_see(
+    measure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any direction parts the few states that it was made from: at layer 0, which is noise, perfectly so."""
+    lm, stream = tiny_lm("llama"), torch.Generator().manual_seed(0)
+    chosen, false = [], []
+    for _ in range(10):
+        noise, other = (torch.randn(2, 320, lm.d_model, generator=stream) for _ in range(2))
+        other[0] += 0.4  # layer 1 tells the sides apart
+        for layers in ({0: noise, 1: other}, {0: noise}):
+            states = iter({layer: each[side, :40] for layer, each in layers.items()} for side in (0, 1))
+            monkeypatch.setattr("workbench.interventions.gate.last_states", lambda *_, states=states: next(states))
+            gate = fit_gate(lm, MANY * 5, MANY * 5, layers=list(layers), measure=measure, false_fires=0.1)
+            if len(layers) == 2:
+                chosen.append(gate.layer)
+            else:
+                false.append(gate.fires(noise[1, 40:]).float().mean().item())
+                assert auroc(*(gate.score(noise[side, :40:2]) for side in (0, 1))) > 0.8
+    assert sum(chosen) >= 9
+    assert sum(false) / len(false) < 0.25  # set on the direction's own prompts, a threshold lets half of them through
+
+
+def test_threshold_lets_at_most_the_share_through() -> None:
+    on = torch.tensor([0.9, 0.2])
+    off = torch.tensor([0.1, 0.5, 0.3, 0.7, 0.3, 0.6, -0.2, 0.0, 0.4, 0.05])
+    for share, fired in ((0.1, 1), (0.19, 1), (0.2, 2), (0.05, 0), (0.61, 6), (0.55, 4)):  # 0.3 stands twice
+        threshold = _threshold(on, off, share)
+        assert int((off >= threshold).sum()) == fired
+        assert not ((torch.cat([on, off]) - threshold).abs() < 0.02).any()
+    assert _threshold(torch.tensor([0.1]), off, 0.05) > 0.7
+
+
+def test_a_gate_is_fitted_on_the_plain_model_whatever_is_in_force() -> None:
+    lm = tiny_lm("llama")
+    fire, rest = [f"{number} plus" for number in range(10)], [f"name {number}" for number in range(10)]
+    plain, states = fit_gate(lm, fire, rest), torch.stack([state(lm, prompt, 1) for prompt in fire])
+    for x in (vector(lm, 0, "all"), cache_edit(lm), vector(lm, 0, "all").when(half(lm))):
+        with lm.apply(x):
+            assert torch.equal(last_states(lm, fire, [1])[1], states)
+            assert fit_gate(lm, fire, rest).threshold == plain.threshold
+            with pytest.raises(ZeroDivisionError), unsteered(lm):
+                1 / 0
+            assert tokens(lm, MANY[:2]) == tokens(lm, MANY[:2], None) != []

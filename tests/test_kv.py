@@ -478,6 +478,43 @@ def test_watching_leaves_no_trace_and_reads_what_attention_uses() -> None:
     assert all(torch.equal(outer[layer].queries[:, :, -3:], inner[layer].queries) for layer in range(3))
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen3", "granite", "phi3", "opt", "gpt_oss", "gemma2"])
+def test_watched_queries_give_the_models_own_attention(architecture: str, implementation: str, tmp_path: Path) -> None:
+    """Of layers that see everything; scaled logits, soft caps and sinks, where a share of attention leads nowhere."""
+    lm = load_model(make_tiny(architecture, tmp_path))
+    for name, parameter in lm.model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data = torch.linspace(-2, 4, len(parameter))
+    ids, mask, padding = ids_of(lm, TEXT, "abcdefgh")
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    lm.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = lm.model(ids, attention_mask=mask, position_ids=places, output_attentions=True).attentions
+    if implementation == "eager" or architecture not in ("gpt_oss", "gemma2"):  # those have no other
+        lm.model.set_attn_implementation(implementation)
+    cache = new_cache(lm)
+    with torch.no_grad(), watch_queries(lm, 6) as queries:
+        lm.base(ids, attention_mask=mask, position_ids=places, past_key_values=cache)
+    seen = 0
+    for layer, entry in enumerate(cache.layers):
+        if not isinstance(entry, DynamicSlidingWindowLayer):
+            weights = queries[layer].weights(entry.keys, torch.tensor(padding))
+            torch.testing.assert_close(weights, maps[layer][:, :, -6:], atol=1e-5, rtol=1e-4)
+            seen += 1
+    assert seen
+
+
+def test_looking_at_a_models_cache_leaves_an_enclosing_block_aside() -> None:
+    lm = tiny_lm("llama")
+    table, where, block = describe_cache(lm), placement(lm), take(filled(lm, "abcdef"), 1, 4, lm)
+    cache = filled(lm, "abcdef")
+    with lm.apply(edit(lm)):
+        assert describe_cache(lm).equals(table)
+        assert placement(lm) == where
+        assert torch.equal(take(cache, 1, 4, lm).keys[1], block.keys[1])
+
+
 def test_impossible_compressions_are_explained() -> None:
     lm = tiny_lm("llama")
     for arguments, message in (

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.test_interventions import PROMPTS, TOKENS, assert_same, cache_edit, fingerprint, tokens, vector
-from tests.tiny import greedy, make_tiny, tiny_lm
+from tests.tiny import greedy, make_tiny, tiny_config, tiny_lm, tiny_tokenizer
 from workbench.interventions import Logits, load_intervention
 from workbench.models import LM, ModelError, load_model
 
@@ -116,3 +117,43 @@ def test_mistakes_are_explained(others: list[LM], tmp_path: Path) -> None:
         cache = lm.model(ids[:, :-1]).past_key_values
         with pytest.raises(ModelError, match="has not read the"), lm.apply(Logits(*others)):
             lm.model(ids[:, -1:], past_key_values=cache)
+
+
+def test_several_pairs_add_up_in_any_order(others: list[LM]) -> None:
+    """None stands for the base by itself, not for what another part made of it."""
+    lm, (a, b) = tiny_lm("llama"), others
+    x, y = Logits(None, a, 0.7), Logits(b, None, 1.5)
+    ids = torch.tensor([lm.encode(PROMPTS[0])])
+    with torch.no_grad():
+        base, first, second = (model.model(ids).logits for model in (lm, a, b))
+        expected = base + 0.7 * (base - first) + 1.5 * (second - base)
+        for together in (x + y, y + x, 0.5 * x + y + 0.5 * x):
+            with lm.apply(together):
+                torch.testing.assert_close(lm.model(ids).logits, expected, atol=1e-4, rtol=1e-5)
+        cut = Logits(None, a, 1.0, plausible=0.2)
+        for together in (cut + y, y + cut):
+            with lm.apply(together):
+                found = lm.model(ids).logits
+            share = base.softmax(-1)
+            assert torch.equal(found.isinf(), share < 0.2 * share.amax(-1, keepdim=True))
+
+
+def test_models_that_pad_their_last_matrix_differently(tmp_path: Path) -> None:
+    """Qwen 2.5 has one tokenizer and two widths of the head: entries without a token are left alone."""
+    tokenizer, lm = tiny_tokenizer(), tiny_lm("llama")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer) + 27)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    wide, ids = load_model(tmp_path), torch.tensor([lm.encode(PROMPTS[0])])
+    with torch.no_grad():
+        narrow_logits, wide_logits = lm.model(ids).logits, wide.model(ids).logits
+        size = narrow_logits.shape[-1]
+        for base, other, said, shift in (
+            (lm, wide, narrow_logits, narrow_logits - wide_logits[..., :size]),
+            (wide, lm, wide_logits, wide_logits[..., :size] - narrow_logits),
+        ):
+            with base.apply(Logits(None, other, 0.5)):
+                found = base.model(ids).logits
+            torch.testing.assert_close(found[..., :size], said[..., :size] + 0.5 * shift, atol=1e-4, rtol=1e-5)
+            assert torch.equal(found[..., size:], said[..., size:])

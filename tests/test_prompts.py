@@ -1,5 +1,7 @@
 """Strategies put the same question differently; contrastive pairs differ in style only and end in the same tokens."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.tiny import tiny_lm
@@ -86,7 +88,14 @@ def test_groups_share_examples_and_ask_different_questions(word_problems: Task) 
     assert contrast(word_problems, shots=2, n=8, groups=3, seed=1) != pairs
 
 
-@pytest.mark.parametrize(("groups", "n"), [(0, 4), (-1, 4), (2, 100_000)])
+@pytest.mark.parametrize(("groups", "n"), [(0, 4), (-1, 4), (2, 199)])
 def test_groups_that_make_no_sense_are_refused(word_problems: Task, groups: int, n: int) -> None:
+    rows = word_problems.rows("train", n=200)
+    few = replace(word_problems, draw=lambda split, n, seed: rows)  # a file holds no more than it holds
     with pytest.raises(ValueError, match="a question of its own"):
-        contrast(word_problems, shots=2, n=n, groups=groups)
+        contrast(few, shots=2, n=n, groups=groups)
+
+
+def test_a_generated_task_makes_as_many_questions_as_pairs_need(word_problems: Task) -> None:
+    pairs = contrast(word_problems, shots=2, n=230, groups=4)
+    assert len({text.rpartition("<|user|>")[2] for text in pairs.positive}) == 230

@@ -229,6 +229,24 @@ def test_stopping_early_is_bit_equal_and_leaves_the_model_whole(architecture: st
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("deepest", [1, 2])
+def test_the_deepest_block_ends_with_its_keys_where_no_state_is_read(architecture: str, deepest: int) -> None:
+    lm = tiny_lm(architecture)
+    ended: list[int] = []
+    handle = lm.blocks[deepest].register_forward_hook(lambda module, inputs, output: ended.extend(inputs[0].shape[1:2]))
+    try:
+        kv = extract(lm, SHARED, site="kv", layers=range(deepest + 1))
+        assert set(ended) <= {1}  # one token alone, to see which keys are rotated
+        wanted = read_pairs(lm, SHARED, layers=range(deepest + 1), batch_size=1).kv()
+    finally:
+        handle.remove()
+    assert sum(length > 1 for length in ended) == 12  # one a text, none for the shared beginnings
+    for mine, theirs in ((kv.keys, wanted.keys), (kv.values, wanted.values)):
+        for layer, tensor in theirs.items():
+            torch.testing.assert_close(mine[layer], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_extract_is_a_part_of_the_one_reading(architecture: str) -> None:
     lm = tiny_lm(architecture)
     reading, edit = read_pairs(lm, PAIRS), extract(lm, PAIRS, site="kv")
@@ -316,7 +334,8 @@ def test_reading_under_a_residual_intervention_sees_its_effect() -> None:
             with lm.apply(2 * v):
                 expected = torch.stack([alone(lm, text)[0][layer][-1] for text in texts])
             assert (found.states[layer][side] - expected).abs().max() <= 1e-5 * expected.abs().max()
-    torch.testing.assert_close(found.states[0], plain.states[0] + 2 * v.vectors[0])
+    moved = plain.states[0] + 2 * v.vectors[0]
+    assert (found.states[0] - moved).abs().max() <= 1e-5 * moved.abs().max()
     with lm.apply(extract(lm, SHARED, site="kv")), pytest.raises(ModelError, match="under a KV edit"):
         read_pairs(lm, SHARED)
 

@@ -7,7 +7,7 @@ import jaxtyping
 import pytest
 import torch
 
-from tests.test_interventions import PROMPTS, TOKENS, tokens, vector
+from tests.test_interventions import PROMPTS, TOKENS, assert_same, cache_edit, fingerprint, tokens, vector
 from tests.tiny import ARCHITECTURES, greedy, tiny_lm
 from workbench.interventions import Residual, load_intervention
 from workbench.models import LM, ModelError
@@ -106,3 +106,18 @@ def test_an_unknown_operation_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' own type checks would come first
     with pytest.raises(ModelError, match=r"operation='remove'.*add, ablate, clamp"):
         replace(vector(tiny_lm("llama")), operation="remove")
+
+
+def test_an_outer_block_may_be_left_before_an_inner_one() -> None:
+    lm = tiny_lm("llama")
+    one, other = vector(lm, 1), cache_edit(lm)
+    before, plain = fingerprint(lm), tokens(lm, PROMPTS)
+    outer, inner = lm.apply(one), lm.apply(other)
+    outer.__enter__()
+    inner.__enter__()
+    outer.__exit__(None, None, None)
+    assert [greedy(lm, prompt, TOKENS) for prompt in PROMPTS] == tokens(lm, PROMPTS)  # the inner one goes on
+    assert tokens(lm, PROMPTS) != plain
+    inner.__exit__(None, None, None)
+    assert_same(before, fingerprint(lm))
+    assert tokens(lm, PROMPTS) == plain

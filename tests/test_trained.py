@@ -1,8 +1,11 @@
 """Trained vectors: the loss falls, held-out answers of the same kind become likelier, the base stays as it was."""
 
+import math
+
 import pytest
 import torch
 
+from tests.test_interventions import cache_edit, vector
 from tests.tiny import ARCHITECTURES, tiny_lm
 from workbench.interventions import Intervention
 from workbench.interventions.trained import Answered, log_likelihood, train_vector
@@ -104,3 +107,42 @@ def test_the_same_seed_gives_the_same_vector() -> None:
 def test_what_cannot_be_trained_on_is_explained(records: list, arguments: dict, message: str) -> None:
     with pytest.raises(ModelError, match=message):
         train_vector(tiny_lm("llama"), records, **{"layers": [1], **arguments})
+
+
+def test_the_preference_loss_is_bipo_term_by_term() -> None:
+    """-log s(d b ((log p(chosen | d v) - log p(chosen)) - (log p(rejected | d v) - log p(rejected)))), d = 1 or -1."""
+    lm, records, signs = tiny_lm("llama"), PREFERENCES[:3], set()
+    losses: list[float] = []
+    options = {"loss": "preference", "batch_size": 3, "learning_rate": 0.3, "positions": "all", "seed": 0}
+    train_vector(lm, records, [0, 2], steps=6, progress=lambda step, loss: losses.append(loss), **options)
+    for step in range(1, 6):
+        v = train_vector(lm, records, [0, 2], steps=step, **options)
+        expected = {}
+        for sign in (1.0, -1.0):
+            values = []
+            for record in records:
+                chosen, rejected = (
+                    likelihood(lm, record["messages"], record[side], sign * v)
+                    - likelihood(lm, record["messages"], record[side], 0 * v)
+                    for side in ("chosen", "rejected")
+                )
+                values.append(math.log1p(math.exp(-sign * 0.1 * (chosen - rejected))))
+            expected[sign] = sum(values) / len(values)
+        near = min(expected, key=lambda sign: abs(expected[sign] - losses[step]))
+        assert losses[step] == pytest.approx(expected[near], rel=1e-3)
+        assert abs(expected[1.0] - expected[-1.0]) > 10 * abs(losses[step] - expected[near])
+        signs.add(near)
+    assert signs == {1.0, -1.0}
+
+
+def test_an_enclosing_block_that_counts_from_the_prompt_is_refused() -> None:
+    lm = tiny_lm("llama")
+    for x in (vector(lm, 0, "generated"), vector(lm, 0, slice(-2, None)), cache_edit(lm)):
+        with lm.apply(x), pytest.raises(ModelError, match=r"where a prompt ends.*'all' positions"):
+            train_vector(lm, SFT, 1, steps=1)
+    outer, losses = vector(lm, 0, "all"), list[float]()
+    with lm.apply(outer):
+        train_vector(lm, SFT[:2], 1, steps=1, batch_size=2, progress=lambda step, loss: losses.append(loss))
+    lengths = [len(lm.encode("aaa bbb")) + 1] * 2
+    expected = [likelihood(lm, turns, "aaa bbb", outer) for turns in QUESTIONS[:2]]
+    assert losses[0] == pytest.approx(-sum(expected) / sum(lengths), rel=1e-4)

@@ -1,6 +1,7 @@
 """Weight edits against loops from the definition, strength zero, and the original tensors afterwards."""
 
 from collections.abc import Callable
+from itertools import permutations
 from pathlib import Path
 
 import jaxtyping
@@ -10,9 +11,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tests.test_adapter import make_adapter
-from tests.test_interventions import PROMPTS, assert_same, fingerprint
+from tests.test_interventions import PROMPTS, assert_same, cache_edit, fingerprint, vector
 from tests.tiny import ARCHITECTURES, FAMILIES, greedy, tiny_config, tiny_lm, tiny_tokenizer
-from workbench.interventions import Residual
+from workbench.interventions import Gate, Residual
 from workbench.interventions.heads import gains_of, heads_of, heads_writing
 from workbench.interventions.weights import Weights, changed, isolate, project_out
 from workbench.models import LM, ModelError, load_model
@@ -368,3 +369,57 @@ def test_mistakes_are_explained(
     lm = tiny_lm("llama")
     with pytest.raises(ModelError, match=message):
         make(lm, direction(lm))
+
+
+def test_blocks_may_be_left_in_any_order(tiny: Callable[[str], Path]) -> None:
+    lm = load_model(tiny("llama"))
+    v, w = direction(lm), direction(lm, 1)
+    edits = [project_out(lm, v, all_heads(lm, 1)), project_out(lm, w, [(1, 0), (2, 1)]), isolate(lm, TASK, OTHER)]
+    before, owned = fingerprint(lm), [id(parameter) for parameter in lm.model.parameters()]
+    for order in permutations(range(3)):
+        blocks = [changed(lm, [edit]) for edit in edits]
+        for block in blocks:
+            block.__enter__()
+        left = [0, 1, 2]
+        for number in order:
+            blocks[number].__exit__(None, None, None)
+            left.remove(number)
+            found = [block.self_attn.o_proj.weight.clone() for block in lm.blocks]
+            again = load_model(tiny("llama"))
+            with changed(again, [edits[other] for other in left]):
+                for mine, block in zip(found, again.blocks, strict=True):
+                    assert torch.equal(mine, block.self_attn.o_proj.weight)
+        assert [id(parameter) for parameter in lm.model.parameters()] == owned
+        assert_same(before, fingerprint(lm))
+
+
+def test_a_tensor_that_two_layers_share_is_changed_where_it_was_asked_for(tiny: Callable[[str], Path]) -> None:
+    lm = load_model(tiny("llama"))
+    first, second = (lm.blocks[layer].self_attn.o_proj for layer in (0, 1))
+    second.weight = first.weight
+    v, old = direction(lm), first.weight.clone()
+    for heads, changes in (([(0, 0)], (True, False)), ([(0, 0), (1, 0)], (True, True))):
+        with changed(lm, [project_out(lm, {0: v[0], 1: v[0]}, heads)]):
+            unit = v[0] / v[0].norm()
+            once = old.clone()
+            once[:, :16] -= torch.outer(unit, unit @ old[:, :16])
+            for module, one in zip((first, second), changes, strict=True):
+                torch.testing.assert_close(module.weight, once if one else old, atol=1e-6, rtol=1e-5)
+        assert first.weight is second.weight
+        assert torch.equal(first.weight, old)
+
+
+def test_counting_under_a_kv_edit_or_a_gate_is_refused() -> None:
+    lm = tiny_lm("llama")
+    gate = Gate(torch.ones(64), torch.zeros(64), 1, -2.0, "cosine", lm.name, lm.revision)
+    v, steer = direction(lm), vector(lm, 1, "all")
+    expected = heads_writing(lm, v).score.tolist()
+    for x in (cache_edit(lm), steer.when(gate)):
+        with lm.apply(x):
+            for act in (lambda: isolate(lm, TASK, OTHER), lambda: heads_writing(lm, v, prompts=PROMPTS)):
+                with pytest.raises(ModelError, match=r"in two parts or twice\. Leave its block"):
+                    act()
+            assert heads_writing(lm, v).score.tolist() == expected  # weights alone, and the norms behind them
+            assert project_out(lm, v, [(1, 0)]).heads == ((1, 0),)
+    with lm.apply(steer):
+        assert isolate(lm, TASK, OTHER).chosen

@@ -64,11 +64,8 @@ SAYS_OTHERWISE: dict[str, Container[str]] = {
     "gpt2": SHAPE, "gptj": SHAPE, "falcon": ("head_dim", "num_key_value_heads"),
     "deepseek_v3": ("head_dim", "num_key_value_heads"), "mamba2": ("head_dim",),
 }  # fmt: skip
-TYPES = {
-    "gemma3": "gemma3_text",
-    "gemma4": "gemma4_text",
-    "mistral_sliding": "mistral",
-}  # transformers' names, where they differ
+# transformers' names, where they differ
+TYPES = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral_sliding": "mistral"}
 ASIDE = ("mistral", "opt", "gpt_oss", "gemma4", "gptj", "deepseek_v3", "mamba2")
 FAMILIES = tuple(family for family in OWN if family not in ASIDE)
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DropTokens,
         Intervention,
         Logits,
+        QuantizeCache,
         ReplaceTokens,
         Residual,
         ScaleTokens,
@@ -55,6 +56,7 @@ _HOMES = {
         "DropTokens",
         "Intervention",
         "Logits",
+        "QuantizeCache",
         "ReplaceTokens",
         "Residual",
         "ScaleTokens",
@@ -83,8 +85,8 @@ _MODULES = ("plots", "runs", "statistics", "report")
 
 __all__ = [
     "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "ModelError",
-    "Pairs", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock", "Strategy", "Task", "Verdict",
-    "Weights", "attention_to", "calibrate", "compare_at_budget", "contrast", "damage",
+    "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock", "Strategy", "Task",
+    "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget", "contrast", "damage",
     "evaluate", "extract", "few_shot", "finetune", "fit_gate", "head_attribution", "heads_writing", "instruction",
     "isolate", "load_data", "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "plots",
     "project_out", "random_like", "read_pairs", "report", "runs", "statistics", "synthesize", "task_names", "trace",

@@ -6,6 +6,7 @@ how their examples are answered (contrastive in-context pairs, as in arXiv 2507.
 
 import hashlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -130,6 +131,9 @@ def contrast(
     """
     _check_sides(positive, negative, split)
     rows = task.rows(split, seed=seed)
+    if groups is not None and len(rows) < n + shots:
+        with suppress(ValueError):  # a generated task makes more; what a file lacks is told below
+            rows = task.rows(split, n=n + shots, seed=seed)
     if len(rows) <= shots:
         raise ValueError(f"Task {task.name} has {len(rows)} {split} rows, {shots + 1} are needed for {shots} shots.")
     render = lm.render if lm is not None else chat

@@ -1,16 +1,23 @@
 """Interventions: changes inside a model while it runs, as values that can be scaled, added, saved and applied.
 
 `Residual` changes the residual stream, `KV` adds to the cached prompt once, `DropTokens`, `ScaleTokens`,
-`ReplaceTokens`, `SpliceBlock` and `CompressCache` edit it otherwise, `Adapter` puts a LoRA adapter on, `Weights` edits
-weights, `Logits` adds what other models say; `x.when(gate)` acts on the rows that a gate lets through. What the kinds
-share is in `concept`, how they reach a forward pass in `session`.
+`ReplaceTokens`, `SpliceBlock`, `CompressCache` and `QuantizeCache` edit it otherwise, `Adapter` puts a LoRA adapter on,
+`Weights` edits weights, `Logits` adds what other models say; `x.when(gate)` acts on the rows that a gate lets through.
+What the kinds share is in `concept`, how they reach a forward pass in `session`.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from workbench.interventions.adapter import Adapter
-from workbench.interventions.cache_edits import CompressCache, DropTokens, ReplaceTokens, ScaleTokens, SpliceBlock
+from workbench.interventions.cache_edits import (
+    CompressCache,
+    DropTokens,
+    QuantizeCache,
+    ReplaceTokens,
+    ScaleTokens,
+    SpliceBlock,
+)
 from workbench.interventions.concept import Intervention, Sum
 from workbench.interventions.extraction import extract, random_like
 from workbench.interventions.files import load_intervention
@@ -34,6 +41,7 @@ __all__ = [
     "Intervention",
     "Logits",
     "Positions",
+    "QuantizeCache",
     "Reading",
     "ReplaceTokens",
     "Residual",

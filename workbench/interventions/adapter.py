@@ -37,13 +37,21 @@ class Adapter(Intervention):
         return replace(self, strength=self.strength * factor)
 
     def rebind(self, lm: LM) -> "Adapter":
-        return self
+        return replace(self)
 
     def check(self, lm: LM) -> None:
-        kind = json.loads((self.path / "adapter_config.json").read_text()).get("peft_type")
-        if kind != "LORA":
+        config = json.loads((self.path / "adapter_config.json").read_text())
+        kind, bias = config.get("peft_type"), config.get("bias", "none")
+        if kind != "LORA" or bias != "none":
+            said = f"trained the model's own biases (bias={bias!r})" if kind == "LORA" else f"is a {kind} adapter"
             raise ModelError(
-                f"{self.path} is a {kind} adapter; only LORA adapters can be applied and taken off exactly."
+                f"{self.path} {said}; only LORA adapters beside the weights can be applied and taken off exactly."
+            )
+        whole = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
+        if whole and self.strength not in (0.0, 1.0):
+            raise ModelError(
+                f"{self.path} replaces whole parts of the model ({', '.join(whole)}), which can't be scaled; got "
+                f"strength {self.strength}. Use it at strength 1."
             )
 
 

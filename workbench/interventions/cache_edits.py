@@ -1,9 +1,9 @@
-"""Changes to the cache of a prompt beyond adding a vector: replace, scale, drop tokens, splice a block in, compress.
+"""Changes to a prompt's cache beyond adding a vector: replace, scale, drop, splice, compress, quantise.
 
 Each is made once per row, on the cache of all prompt tokens but the last, which then sees it; nothing is done per
 generated token. Positions are those of the row's own text, negative ones from the end of the prompt; they mean the text
 as it was before any of this, and within a row the order is fixed, however the parts were added up: replace, scale, add
-(`KV`), drop, compress, splice. On a cache in hand the same is in `kv_ops`, `kv_blocks` and `kv_compress`.
+(`KV`), drop, compress, quantise, splice. On a cache in hand: `kv_ops`, `kv_blocks`, `kv_compress`, `kv_quantize`.
 """
 
 import inspect
@@ -18,6 +18,7 @@ from workbench.interventions.concept import Intervention, check_layers, check_or
 from workbench.interventions.kv import PLAIN
 from workbench.interventions.kv_blocks import Block
 from workbench.interventions.kv_compress import SCORES
+from workbench.interventions.kv_quantize import BITS
 from workbench.models import LM, ModelError
 
 Where = int | slice | tuple[int, ...]
@@ -147,7 +148,27 @@ class CompressCache(Intervention):
         _removable(lm)
 
 
-CacheEdit = DropTokens | ScaleTokens | ReplaceTokens | SpliceBlock | CompressCache
+@dataclass(frozen=True, eq=False)
+class QuantizeCache(Intervention):
+    """Cached prompt tokens rounded to 8 or 4 bits, keys by channel and values by token (`kv_quantize`; KIVI).
+
+    Tokens that are generated stay as they are, and so do sliding windows. The memory is freed where all rows of a batch
+    have the same number of bits and none splices a block; else a row's entries are rounded and stored as before.
+    """
+
+    bits: int = 8
+    strength: float = 1.0
+
+    def scale(self, factor: float) -> "QuantizeCache":
+        return replace(self, strength=_whole(self, factor))
+
+    def check(self, lm: LM) -> None:
+        if self.bits not in BITS:
+            raise ModelError(f"QuantizeCache(bits={self.bits}): allowed are {', '.join(map(str, BITS))}.")
+        _removable(lm)
+
+
+CacheEdit = DropTokens | ScaleTokens | ReplaceTokens | SpliceBlock | CompressCache | QuantizeCache
 
 
 def _whole(x: Intervention, factor: float) -> float:

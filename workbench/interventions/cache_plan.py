@@ -19,6 +19,7 @@ from workbench.interventions.cache_edits import (
     CacheEdit,
     CompressCache,
     DropTokens,
+    QuantizeCache,
     ReplaceTokens,
     ScaleTokens,
     SpliceBlock,
@@ -29,6 +30,7 @@ from workbench.interventions.kv import PLAIN, plain_layer
 from workbench.interventions.kv_blocks import Block, check_place, turned
 from workbench.interventions.kv_compress import ranks
 from workbench.interventions.kv_ops import thinned, token_layers, whole_text
+from workbench.interventions.kv_quantize import GROUP, pack, quantize
 from workbench.interventions.kv_queries import LastQueries, watch_queries
 from workbench.interventions.rotary import rotary_of
 from workbench.models import LM, ModelError
@@ -41,16 +43,18 @@ class CachePlan:
         self.lm = lm
         self.rows: list[list[Any]] = [[p for p in row if isinstance(p, CacheEdit) and p.strength != 0] for row in rows]
         for row in self.rows:
-            once = [type(part).__name__ for part in row if isinstance(part, (SpliceBlock, CompressCache))]
-            if len(once) > 1:
-                raise ModelError(
-                    f"A row splices or compresses once; got {' and '.join(once)}. Do the other to a cache in hand "
-                    "(kv_blocks.splice, kv_compress.compress)."
-                )
+            for kinds in ((SpliceBlock, CompressCache), (SpliceBlock, QuantizeCache)):
+                once = [type(part).__name__ for part in row if isinstance(part, kinds)]
+                if len(once) > 1:
+                    raise ModelError(
+                        f"A row splices, compresses or quantises once, and a spliced one does neither; got "
+                        f"{' and '.join(once)}. Do the other to a cache in hand (kv_blocks, kv_compress, kv_quantize)."
+                    )
         edits = [part for row in self.rows for part in row]
         self.window = max((p.window for p in edits if isinstance(p, CompressCache) and p.score == "snapkv"), default=0)
         blocks = [part.block for part in edits if isinstance(part, (SpliceBlock, ReplaceTokens))]
         self.rotary = rotary_of(lm) if any(block.rotated and not block.fixed for block in blocks) else None
+        self.splices = any(isinstance(part, SpliceBlock) for part in edits)
         self.starts = any(isinstance(part, SpliceBlock) and part.at == "start" for part in edits)
 
     def __bool__(self) -> bool:
@@ -106,6 +110,7 @@ class CachePlan:
                 moment.layout.changed = True
         if any(self._of(moment, row, CompressCache) for row in moment.now):
             self._compress(moment, queries)
+        self._quantize(moment)
         self._splice(moment)
 
     def _replace(self, moment: Moment, row: int, part: ReplaceTokens) -> None:
@@ -134,8 +139,8 @@ class CachePlan:
         layout, rows = moment.layout, len(moment.layout.numbers)
         device = layout.visible.device
         sizes = {row: self._size(moment, row) for row in moment.now}
-        if all(sizes[row] >= int(layout.visible[row, moment.first(row) :].sum()) for row in moment.now):
-            return  # nobody has more than what is kept
+        if all(sizes[row] >= moment.lengths[row] - 1 for row in moment.now):
+            return  # every row keeps all
         kept = max(sizes.values()) if len(sizes) == rows else moment.end
         layers = [(layer, plain_layer(moment.cache, layer)) for layer in token_layers(moment.cache)]
         sliding = [layer for layer, entry in layers if isinstance(entry, DynamicSlidingWindowLayer)]
@@ -199,6 +204,26 @@ class CachePlan:
             best = worth.argsort(dim=-1, descending=True, stable=True)
             index[row, :, kept - size :] = best[:, :size].sort(dim=-1).values
         return index
+
+    def _quantize(self, moment: Moment) -> None:
+        """Round the rows' own last entries: into few bits if all rows want that, else in place."""
+        bits = {row: part.bits for row in moment.now for part in self._of(moment, row, QuantizeCache)}
+        if not bits:
+            return
+        sizes = {row: self._size(moment, row) for row in moment.now}
+        if len(bits) == len(moment.layout.numbers) and len(set(bits.values())) == 1 and not self.splices:
+            layers = [plain_layer(moment.cache, layer) for layer in token_layers(moment.cache)]
+            stored = next((e.keys.shape[2] for e in layers if not isinstance(e, DynamicSlidingWindowLayer)), 0)
+            padding = [stored - sizes[row] for row in range(len(bits))]
+            return quantize(moment.cache, bits[0], padding=padding)
+        for layer in token_layers(moment.cache):
+            entry = plain_layer(moment.cache, layer)
+            if not isinstance(entry, DynamicSlidingWindowLayer):
+                entry.keys, entry.values = entry.keys.clone(), entry.values.clone()
+                for row, few in bits.items():
+                    for old, group in ((entry.keys, GROUP), (entry.values, None)):
+                        own = old[row, :, old.shape[2] - sizes[row] :]
+                        own.copy_(pack(own[None], few, group).unpack()[0])
 
     def _splice(self, moment: Moment) -> None:
         parts = {row: part for row in moment.now for part in self._of(moment, row, SpliceBlock) if part.at != "start"}

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from workbench.files import write_atomic
 from workbench.interventions.adapter import Adapter
-from workbench.interventions.cache_edits import CompressCache, DropTokens, ReplaceTokens, ScaleTokens, SpliceBlock
+from workbench.interventions.cache_edits import (
+    CompressCache,
+    DropTokens,
+    QuantizeCache,
+    ReplaceTokens,
+    ScaleTokens,
+    SpliceBlock,
+)
 from workbench.interventions.concept import Intervention, Sum
 from workbench.interventions.gate import Conditional, Gate
 from workbench.interventions.kv import KV
@@ -38,6 +45,7 @@ KINDS: dict[str, type[Any]] = {
     "replace": ReplaceTokens,
     "splice": SpliceBlock,
     "compress": CompressCache,
+    "quantize": QuantizeCache,
     "gate": Gate,  # the last two are parts of interventions
     "block": Block,
 }

@@ -57,7 +57,7 @@ def take(cache: Any, start: int, stop: int, lm: LM, *, padding: Sequence[int] | 
     """The entries of the tokens start..stop (not included) of a filled cache, which stays as it is.
 
     padding: columns in front of each row of a left-padded batch. Runs one token through the model to see how its keys
-    are rotated, so use it outside of `lm.apply`. Raises ModelError where a layer has no plain entries for all of them.
+    are rotated. Raises ModelError where a layer has no plain entries for all of them.
     """
     layers = token_layers(cache)
     entries = {layer: plain_layer(cache, layer) for layer in layers}

@@ -18,6 +18,7 @@ from transformers.cache_utils import (
 )
 
 from workbench.cache import new_cache
+from workbench.interventions.heads import unsteered
 from workbench.interventions.kv import PLAIN
 from workbench.interventions.kv_queries import watch_attention
 from workbench.interventions.rotary import Rotary, rotary_of
@@ -36,7 +37,7 @@ class Placement:
 
 
 def placement(lm: LM) -> Placement:
-    """Run one token at two positions and compare what is cached. Run this outside of `lm.apply`."""
+    """Run one token at two positions and compare what is cached."""
     return _compare(lm, _run(lm)[0])
 
 
@@ -46,7 +47,7 @@ def describe_cache(lm: LM) -> pd.DataFrame:
     cache: plain, sliding, linear, shared (uses the entries of the layer in `shared_with`), none, or the type's name.
     window: tokens that a sliding layer sees; kv_heads, head_dim: of its keys; rotated: whether keys carry a rotary
     position. drop and splice change all layers together, so one layer that cannot forbids them everywhere. Raises
-    ModelError where the model has no cache. Run it outside of `lm.apply`.
+    ModelError where the model has no cache.
 
     >>> from workbench.models import load_model
     >>> table = describe_cache(load_model("lab-small"))
@@ -97,7 +98,7 @@ def _run(lm: LM) -> tuple[Any, dict[int, int]]:
     places: dict[str, Any] = {}
     if "position_ids" in inspect.signature(type(lm.base).forward).parameters:
         places["position_ids"] = torch.tensor([[0], [APART]], device=lm.device)
-    with torch.no_grad(), watch_attention(lm, see):
+    with torch.no_grad(), unsteered(lm), watch_attention(lm, see):
         lm.base(input_ids=token, past_key_values=cache, use_cache=True, **places)
     if not cache.layers or all(isinstance(entry, DummyLayer) for entry in cache.layers):
         raise ModelError(f"{lm.name!r} cached nothing. Use a decoder with a key-value cache.")

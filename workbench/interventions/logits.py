@@ -1,7 +1,8 @@
 """Arithmetic on next-token logits between models that share a vocabulary: base + strength * (expert - amateur).
 
 Proxy-tuning (arXiv 2401.08565): a large base, expert = a small tuned model, amateur = the same small model untuned.
-Contrastive decoding (arXiv 2210.15097): expert = the base itself, amateur = a smaller model, with the plausibility cut.
+Contrastive decoding (arXiv 2210.15097) in the form (1 + strength) base - strength amateur (arXiv 2309.09117): expert =
+the base itself, amateur = a smaller model, with the plausibility cut. Several of these each add to the plain logits.
 The other models read the same tokens, with caches of their own, so each costs its own forward pass every step. Not
 covered: beam search, which reorders the base's cache only, and models with another tokenizer.
 """
@@ -51,7 +52,7 @@ class Logits(Intervention):
         return replace(self, strength=self.strength * factor)
 
     def rebind(self, lm: LM) -> "Logits":
-        return self
+        return replace(self)
 
     def check(self, lm: LM) -> None:
         own = lm.tokenizer.get_vocab()
@@ -99,22 +100,23 @@ class Companions:
         if call.get("input_ids") is None:
             raise ModelError("Logits of other models need token ids; this forward brings embeddings.")
         spoken = {id(other.model): self._forward(other, call, output, seen) for other in self.models}
-        logits = output.logits
+        plain, logits = output.logits, output.logits
         for plan in self.plans:
             strengths = plan.strengths[rows]
             chosen = strengths.nonzero()[:, 0]
             if not len(chosen):
                 continue
-            base = logits[chosen].float()
-            expert, amateur = (
-                base if lm is None else spoken[id(lm.model)][chosen] for lm in (plan.part.expert, plan.part.amateur)
-            )
-            width = min(base.shape[-1], expert.shape[-1], amateur.shape[-1])  # some pad their last matrix
-            moved = base.clone()
-            moved[..., :width] += strengths[chosen, None, None] * (expert - amateur)[..., :width]
+            said = [
+                (plain if lm is None else spoken[id(lm.model)])[chosen].float()  # None: as the base said it by itself
+                for lm in (plan.part.expert, plan.part.amateur)
+            ]
+            moved = logits[chosen].float()
+            width = min(side.shape[-1] for side in (moved, *said))  # some pad their last matrix
+            expert, amateur = (side[..., :width] for side in said)
+            moved[..., :width] += strengths[chosen, None, None] * (expert - amateur)
             if plan.part.plausible:
                 least = expert.amax(-1, keepdim=True) + torch.tensor(plan.part.plausible).log().item()
-                moved[..., :width] = moved[..., :width].masked_fill((expert < least)[..., :width], -torch.inf)
+                moved[..., :width].masked_fill_(expert < least, -torch.inf)
             logits = logits.index_copy(0, chosen, moved.to(logits.dtype))
         output.logits = logits
         return output

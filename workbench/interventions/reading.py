@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.files import content_key
 from workbench.interventions.concept import check_layers
 from workbench.interventions.kv import KV
 from workbench.interventions.probes import METHODS, direction_of, held_out_auroc
@@ -44,6 +45,7 @@ class Reading:
 
     states: for each layer the state (or the mean over a span) of every text in float32, positive texts first.
     keys, values: mean differences of one cached token, keys un-rotated in the layers `rotated`; None if not read.
+    cached_keys: the same with every key's rotary position still in it.
     """
 
     states: dict[int, Float[Tensor, "two pairs d_model"]] = field(repr=False)
@@ -54,6 +56,7 @@ class Reading:
     revision: str = ""
     details: dict[str, str] = field(default_factory=dict)
     cached_token: int = -2
+    cached_keys: dict[int, Float[Tensor, "kv_heads head_dim"]] | None = field(default=None, repr=False)
 
     def vector(self, method: str = "mean_diff", layers: Iterable[int] | int | None = None) -> Residual:
         """One direction a layer, as long as the mean difference and on its side, so that strengths compare.
@@ -68,13 +71,19 @@ class Reading:
         details = {"method": method, **self.details}
         return Residual(vectors, model=self.model, revision=self.revision, details=details)
 
-    def kv(self) -> KV:
-        """The mean differences of the cached keys and values, as an edit of the cache (arXiv 2507.08799)."""
-        if self.keys is None or self.values is None:
+    def kv(self, as_cached: bool = False) -> KV:
+        """The mean differences of the cached keys and values, as an edit of the cache (arXiv 2507.08799).
+
+        as_cached: keys averaged and added with their rotary position in them, as that paper's code does: for
+        comparison only, since the positions of the pairs are mixed with what they say.
+        """
+        keys, rotated = (self.cached_keys, ()) if as_cached else (self.keys, self.rotated)
+        if keys is None or self.values is None:
             raise ModelError("This reading holds no keys and values. Read again: read_pairs(lm, pairs, kv=True).")
-        pairs = {name: text for name, text in self.details.items() if name == "pairs"}
+        pairs = {name: text for name, text in self.details.items() if name in ("pairs", "data_sha256")}
         details = {"method": "mean_diff", **pairs, "token": str(self.cached_token)}
-        return KV(self.keys, self.values, rotated=self.rotated, model=self.model, revision=self.revision,
+        details |= {"keys": "as cached"} if as_cached else {}
+        return KV(keys, self.values, rotated=rotated, model=self.model, revision=self.revision,
                   details=details)  # fmt: skip
 
     def auroc(self, folds: int = 5, clusters: Sequence[Any] | None = None) -> pd.DataFrame:
@@ -153,10 +162,13 @@ def read_texts(
     place = -1 if positions == "last" else positions
     states = {layer: store.cpu().unflatten(0, (2, len(positive))) for layer, store in sorted(task.states.items())}
     details = {"pairs": str(len(positive)), "token" if isinstance(place, int) else "positions": str(place)}
+    sides = {"positive": positive, "negative": negative}
+    details["data_sha256"] = content_key(**{name: [lm.render(text) for text in side] for name, side in sides.items()})
     if cached is None:
         return Reading(states, model=lm.name, revision=lm.revision, details=details)
-    keys, values = ({layer: total.cpu() for layer, total in sorted(each.items())} for each in (task.keys, task.values))
-    return Reading(states, keys, values, task.rotated, lm.name, lm.revision, details, cached)
+    stores = (task.keys, task.values, task.cached_keys)
+    keys, values, raw = ({layer: total.cpu() for layer, total in sorted(store.items())} for store in stores)
+    return Reading(states, keys, values, task.rotated, lm.name, lm.revision, details, cached, raw)
 
 
 def _depths(lm: LM, layers: Iterable[int] | int | None) -> list[int]:

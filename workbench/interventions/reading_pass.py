@@ -32,6 +32,21 @@ class _WindowLayer(GrowingLayer):
     is_sliding = True
 
 
+class _ShortCache(DynamicCache):
+    """Leaves the forward once the deepest wanted layer has its keys and values, without the rest of that block."""
+
+    deepest = -1
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append the new tokens, and return all of them or leave."""
+        found = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if layer_idx == self.deepest:
+            raise _DeepEnough
+        return found
+
+
 @dataclass
 class ReadingPass:
     """Stores of a pass, filled by hooks on the blocks."""
@@ -46,6 +61,7 @@ class ReadingPass:
     states: dict[int, Tensor] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
     values: dict[int, Tensor] = field(default_factory=dict)
+    cached_keys: dict[int, Tensor] = field(default_factory=dict)
     batch: list[TextRow] | None = None
     rows: Tensor = field(default_factory=lambda: torch.empty(0))
     columns: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -92,7 +108,7 @@ class ReadingPass:
 
     def prefix(self, ids: list[int]) -> DynamicCache:
         """The cache of a beginning that a group shares, one row."""
-        cache = self._cache()
+        cache = self._cache(stop=True)
         self.batch = None
         self._forward(torch.tensor([ids], device=self.lm.device), cache)
         return cache
@@ -106,7 +122,7 @@ class ReadingPass:
         places = [(number, place - start) for number, row in enumerate(batch) for place in row.wanted]
         self.rows, self.columns = torch.tensor(places, dtype=torch.long).reshape(-1, 2).to(self.lm.device).unbind(1)
         self.batch = batch
-        cache = None if prefix is None and not self.want_kv else self._cache(prefix, len(batch))
+        cache = None if prefix is None and not self.want_kv else self._cache(prefix, len(batch), not self.want_states)
         self._forward(ids.to(self.lm.device), cache)
         if cache is not None and self.want_kv:
             self._add_cached(batch, cache)
@@ -115,9 +131,14 @@ class ReadingPass:
         with suppress(_DeepEnough):
             self.lm.base(input_ids=ids, past_key_values=cache, use_cache=cache is not None)
 
-    def _cache(self, prefix: DynamicCache | None = None, rows: int = 1) -> DynamicCache:
-        """An empty cache that keeps every token, or one that already holds the prefix for every row."""
-        cache = DynamicCache(config=self.lm.model.config)
+    def _cache(self, prefix: DynamicCache | None = None, rows: int = 1, stop: bool = False) -> DynamicCache:
+        """An empty cache that keeps every token, or one that already holds the prefix for every row.
+
+        stop: keys and values are all that is wanted of the deepest layer, so the forward ends when it has them.
+        """
+        cache = (_ShortCache if stop else DynamicCache)(config=self.lm.model.config)
+        if isinstance(cache, _ShortCache):
+            cache.deepest = self.layers[-1]
         kinds: dict[type, type] = {DynamicLayer: GrowingLayer, DynamicSlidingWindowLayer: _WindowLayer}
         cache.layers = [kinds[type(layer)]() if type(layer) in kinds else layer for layer in cache.layers]
         if prefix is not None:
@@ -129,7 +150,7 @@ class ReadingPass:
         return cache
 
     def _add_cached(self, batch: list[TextRow], cache: DynamicCache) -> None:
-        """Add the rows' cached keys, un-rotated, and values to the mean differences."""
+        """Add the rows' cached keys, un-rotated and as they are, and values to the mean differences."""
         for layer in self.layers:
             kept = layer < len(cache.layers) and isinstance(cache.layers[layer], _WindowLayer)
             entry = cache.layers[layer] if kept else plain_layer(cache, layer)
@@ -138,9 +159,10 @@ class ReadingPass:
             signs = torch.tensor([1.0 if row.number < self.pairs else -1.0 for row in batch], device=device)
             each = torch.arange(len(batch), device=device)
             keys, values = entry.keys[each, :, places].float(), entry.values[each, :, places].float()
+            cached = keys
             if layer in self.rotated and self.rotary is not None:
                 keys = self.rotary.turn(keys, places, layer, back=True)
-            for store, tensor in ((self.keys, keys), (self.values, values)):
+            for store, tensor in ((self.keys, keys), (self.values, values), (self.cached_keys, cached)):
                 store[layer] = store.get(layer, 0) + torch.einsum("r,rhd->hd", signs / self.pairs, tensor)
 
 

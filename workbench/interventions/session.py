@@ -104,9 +104,10 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stack = ACTIVE[self.lm.model]
+        inner = stack[-1] is self  # an outer block may be left before an inner one
         self.detach()
         stack.remove(self)
-        if stack:
+        if inner and stack:
             stack[-1].attach()
 
     def attach(self) -> None:

@@ -2,7 +2,8 @@
 
 An alternative to reading directions out of contrastive pairs: what is fitted is the likelihood of whole answers. Only
 the vectors get gradients. Not covered: adapters and weights, which `finetuning` trains.
-Source of the preference loss: Cao et al. 2024, bi-directional preference optimisation, arXiv 2406.00045.
+Source of the preference loss: Cao et al. 2024, bi-directional preference optimisation, arXiv 2406.00045. Its authors
+add the vector at all positions, prompt included (positions="all"), and train with AdamW's decay and a cosine schedule.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from workbench.files import content_key
 from workbench.interventions.concept import check_layers
 from workbench.interventions.residual import Positions, Residual, normal_positions, span_mask
+from workbench.interventions.session import ACTIVE
 from workbench.models import LM, ModelError, end_tokens, takes_last_only
 
 LOSSES = ("sft", "preference")
@@ -60,6 +63,7 @@ def train_vector(
             f"loss={loss!r}, steps={steps}, batch_size={batch_size}, layers={chosen}, {len(records)} records: loss is "
             f"one of {', '.join(LOSSES)}; at least one step, row a batch, layer and record are needed."
         )
+    _refuse_blocks(lm)
     data = [_answers(lm, record, loss) for record in records]
     vectors = {layer: _zero(lm, layer) for layer in chosen}
     before = _unsteered(lm, data, batch_size) if loss == "preference" else None
@@ -75,7 +79,19 @@ def train_vector(
             progress(step, value.item())
     found = {layer: vector.detach().cpu() for layer, vector in vectors.items()}
     details = {"method": f"trained, {loss}", "records": str(len(data)), "steps": str(steps), "seed": str(seed)}
+    texts = [[[row.prompt, row.answer] for row in sides] for sides in data]
+    details["data_sha256"] = content_key(loss=loss, records=texts)
     return Residual(found, positions, model=lm.name, revision=lm.revision, details=details)
+
+
+def _refuse_blocks(lm: LM) -> None:
+    """Refuse to train inside of a block whose interventions depend on where a prompt ends."""
+    for session in ACTIVE.get(lm.model, ())[-1:]:
+        if session.kv or session.edits or session.gates or any(span != "all" for span in session.spans):
+            raise ModelError(
+                "Prompts and answers are trained on in one piece, so an enclosing block could not tell where a prompt "
+                "ends. Leave it, or let it act at 'all' positions."
+            )
 
 
 def _step(optimizer: torch.optim.Optimizer, vectors: dict[int, nn.Parameter], gradients: Sequence[Tensor]) -> None:

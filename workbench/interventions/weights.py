@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from workbench.files import content_key
 from workbench.interventions.concept import Intervention, check_layers, check_origin
-from workbench.interventions.heads import gains_of, heads_of, heads_writing, plain_weight, units_of
+from workbench.interventions.heads import gains_of, heads_of, heads_writing, plain_weight, refuse_split, units_of
 from workbench.interventions.residual import Residual
 from workbench.models import LM, ModelError
 
@@ -118,21 +120,46 @@ class Weights(Intervention):
 def changed(lm: LM, edits: Sequence[Weights]) -> Iterator[None]:
     """Make the edits, in their order, for the length of the block; then the original tensors are back, the same ones.
 
-    Nested blocks add up. Raises ModelError, with nothing changed, where an edit doesn't fit the model.
+    Nested blocks add up and may be left in any order: what is left is as if the others had been alone. Raises
+    ModelError, with nothing changed, where an edit doesn't fit the model.
     """
     for edit in edits:
         edit.check(lm)
-    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    stack, mine = MADE.setdefault(lm.model, []), _Made([edit for edit in edits if edit.strength != 0])
+    stack.append(mine)
     try:
-        for edit in edits:
-            for module, new in edit.made(lm) if edit.strength != 0 else ():
-                old = module.get_parameter("weight")
-                kept.append((module, old))
-                module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+        mine.make(lm)
         yield
     finally:
-        for module, old in reversed(kept):
+        later = stack[stack.index(mine) + 1 :]
+        for each in (*reversed(later), mine):
+            each.undo()
+        stack.remove(mine)
+        for each in later:
+            each.make(lm)
+
+
+@dataclass(eq=False)
+class _Made:
+    """A block's edits, and the tensors that they replaced."""
+
+    edits: list[Weights]
+    kept: list[tuple[nn.Module, nn.Parameter]] = field(default_factory=list)
+
+    def make(self, lm: LM) -> None:
+        for edit in self.edits:
+            for module, new in edit.made(lm):
+                old = module.get_parameter("weight")
+                self.kept.append((module, old))
+                module.weight = nn.Parameter(new, requires_grad=old.requires_grad)
+
+    def undo(self) -> None:
+        while self.kept:
+            module, old = self.kept.pop()
             module.weight = old
+
+
+MADE: WeakKeyDictionary[nn.Module, list[_Made]] = WeakKeyDictionary()  # by model, the blocks in force, outermost first
 
 
 def project_out(lm: LM, direction: Residual | dict[int, Tensor], heads: Sequence[tuple[int, int]]) -> Weights:
@@ -157,7 +184,9 @@ def project_out(lm: LM, direction: Residual | dict[int, Tensor], heads: Sequence
         )
     seen = {layer: units[layer] * gains.get(layer, 1.0) for layer, _ in wanted}
     directions = {layer: v / v.norm() for layer, v in seen.items()}
-    made = Weights(directions, wanted, model=lm.name, revision=lm.revision, details={"method": "project_out"})
+    origin = direction.details if isinstance(direction, Residual) else {}
+    details = {**origin, "method": "project_out"}
+    made = Weights(directions, wanted, model=lm.name, revision=lm.revision, details=details)
     made.check(lm)
     return made
 
@@ -193,6 +222,7 @@ def isolate(lm: LM, task_texts: Sequence[str], other_texts: Sequence[str], share
             "more, or a larger share."
         )
     details = {"method": "isolate", "share": str(share), "weights": str(sum(map(len, chosen.values())))}
+    details["data_sha256"] = content_key(task=list(task_texts), other=list(other_texts))
     return Weights(chosen=chosen, shapes=shapes, model=lm.name, revision=lm.revision, details=details)
 
 
@@ -216,6 +246,7 @@ def _input_norms(lm: LM, texts: Sequence[str]) -> dict[str, Float[Tensor, " inpu
 
         return hook
 
+    refuse_split(lm)
     with ExitStack() as hooks, torch.no_grad():
         for name, module in _matrices(lm).items():
             plain_weight(module, name)

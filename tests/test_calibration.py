@@ -1,6 +1,8 @@
 """Calibration against KL computed slowly, one row at a time without padding, and re-measured after the search."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +12,17 @@ import torch
 from tests.test_adapter import make_adapter
 from tests.test_interventions import PROMPTS, assert_same, cache_edit, fingerprint, vector
 from tests.tiny import greedy, make_tiny, tiny_lm
-from workbench.calibration import Calibrated, _bracket, _next, calibrate, compare_at_budget, damage
-from workbench.interventions import Intervention, Residual, extract
+from workbench.calibration import (
+    Calibrated,
+    _bracket,
+    _next,
+    behaviour_and_damage,
+    calibrate,
+    compare_at_budget,
+    damage,
+)
+from workbench.grid import grid
+from workbench.interventions import Intervention, Residual, extract, load_intervention
 from workbench.models import LM, ModelError, load_model
 from workbench.prompts import contrast
 from workbench.tasks import Task
@@ -64,6 +75,7 @@ def test_coefficient_zero_costs_exactly_nothing(architecture: str) -> None:
         found = damage(lm, 0 * x, PROMPTS, max_new_tokens=NEW, texts=PROMPTS)
         assert found["kl"].estimate == found["kl_p95"].estimate == 0.0
         assert found["bits"] == found["bits_plain"]
+        assert found["bits_added"].low == found["bits_added"].high == 0.0
         assert found["repetition"] == found["repetition_plain"]
 
 
@@ -80,6 +92,9 @@ def test_bits_are_those_of_each_text_alone() -> None:
                 scores = lm.model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
             bits += [-float(scores[place - 1, ids[place]]) / math.log(2) for place in range(half, len(ids))]
         assert found[name].estimate == pytest.approx(np.mean(bits), rel=1e-5)
+    added = found["bits_added"]
+    assert added.estimate == pytest.approx(found["bits"].estimate - found["bits_plain"].estimate)
+    assert added.high - added.low < found["bits"].high - found["bits"].low  # the texts' own spread is out of it
     with pytest.raises(ModelError, match="four or more"):
         damage(lm, x, PROMPTS, max_new_tokens=2, texts=["abc"])
 
@@ -114,7 +129,7 @@ def counted(lm: LM, x: Intervention, **options: object) -> tuple[Calibrated, int
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", ["residual", "last", "kv", "sum"])
-def test_the_calibrated_strength_spends_the_budget(architecture: str, kind: str) -> None:
+def test_the_calibrated_strength_spends_the_budget(architecture: str, kind: str, tmp_path: Path) -> None:
     lm = tiny_lm(architecture)
     x = kinds(lm)[kind]
     before = fingerprint(lm)
@@ -127,6 +142,11 @@ def test_the_calibrated_strength_spends_the_budget(architecture: str, kind: str)
     assert found.kl == pytest.approx(np.percentile(tokens, 95), rel=1e-2)
     assert set(found.table.columns) == {"strength", "kl", "kl_mean", "evaluation"}
     assert found.table.evaluation.max() == found.evaluations
+    record = dict(found.intervention.calibration or {})
+    assert (record["kl"], record["strength"], record["budget"]) == (found.kl, found.strength, 0.5)
+    assert (record["model"], record["revision"]) == (lm.name, lm.revision)
+    assert (2 * found.intervention).calibration is None  # of this strength alone
+    assert load_intervention(found.intervention.save(tmp_path / "found.safetensors")).calibration == record
     np.testing.assert_allclose(
         np.percentile(np.concatenate(slow_kl(lm, found.strength * x)), 95), np.percentile(tokens, 95)
     )
@@ -206,6 +226,67 @@ def test_candidates_and_controls_are_compared_at_equal_damage(lab: LM, word_prob
     assert ((reached.steps_low <= reached.steps) & (reached.steps <= reached.steps_high)).all()
     nothing = table[table.candidate == "nothing"]
     assert nothing.accuracy.isna().all() and nothing.note.str.contains("never reaches").all()
+
+
+def test_several_budgets_share_what_was_tried(lab: LM, word_problems: Task) -> None:
+    x = Residual({3: torch.randn(lab.d_model, generator=torch.Generator().manual_seed(1))}, positions="last")
+    with forwards_counted(lab) as calls:
+        table = compare_at_budget(
+            lab, word_problems, {"x": x}, budget=[0.3, 0.1], n=4, max_new_tokens=4, controls=False
+        )
+    assert table.candidate.tolist() == ["x", "x"]
+    assert table.budget.tolist() == [0.1, 0.3]
+    assert table.control.tolist() == [False, False]
+    assert table.kl_p95.tolist() == pytest.approx([0.1, 0.3], rel=0.06)
+    assert table.strength.is_monotonic_increasing
+    alone = compare_at_budget(lab, word_problems, {"x": x}, budget=0.1, n=4, max_new_tokens=4, controls=False)
+    assert alone.iloc[0].equals(table.iloc[0])  # the lowest budget is searched first, from nothing
+    with forwards_counted(lab) as each:
+        for budget in (0.1, 0.3):
+            compare_at_budget(lab, word_problems, {"x": x}, budget=budget, n=4, max_new_tokens=4, controls=False)
+    assert len(calls) < len(each)
+
+
+@contextmanager
+def forwards_counted(lm: LM) -> Iterator[list[int]]:
+    """Scoring forwards; those of generation use a cache."""
+    calls: list[int] = []
+    handle = lm.model.register_forward_pre_hook(
+        lambda module, inputs, given: None if given["use_cache"] else calls.append(1), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def test_an_adapter_has_no_random_twin_and_says_so(tmp_path: Path, word_problems: Task) -> None:
+    lm = load_model(make_tiny("llama", tmp_path / "model"))
+    adapter = make_adapter(lm, tmp_path / "adapter")
+    candidates = {"tuned": adapter, "vector": vector(lm, 1, "all")}
+    table = compare_at_budget(lm, word_problems, candidates, budget=0.05, n=4, max_new_tokens=2)
+    assert table.control.tolist() == [False, True, False, True]
+    assert "no random Adapter" in table.note[1]
+    assert math.isnan(table.kl_p95[1])
+    assert table.kl_p95.notna().tolist() == [True, False, True, True]
+
+
+def test_conditions_as_they_are_have_the_same_numbers_as_grid_and_damage(lab: LM, word_problems: Task) -> None:
+    x = extract(lab, contrast(word_problems, shots=1, n=4)).at(layers=[4], positions="last")
+    conditions = {"once": x, "nothing": 0 * x}
+    texts = [row["question"] for row in word_problems.rows("tuning", n=3, seed=5)]
+    table = behaviour_and_damage(lab, word_problems, conditions, n=6, seed=2, max_new_tokens=32, texts=texts)
+    assert table.condition.tolist() == ["once", "nothing"]
+    cells = [({"condition": name}, each) for name, each in conditions.items()]
+    expected = grid(lab, word_problems, cells, n=6, seed=2, max_new_tokens=32)
+    assert table[expected.columns].equals(expected)
+    prompts = [lab.render(word_problems.messages(row)) for row in word_problems.rows("tuning", n=6, seed=2)]
+    for name, interval in damage(lab, x, prompts, texts=texts).items():
+        assert (table[name][0], table[f"{name}_low"][0]) == (interval.estimate, interval.low), name
+    assert table.kl_p95[1] == 0.0
+    assert table.bits[1] == table.bits_plain[1] == table.bits_plain[0]
+    with pytest.raises(ValueError, match="split='test'"):
+        behaviour_and_damage(lab, word_problems, conditions, split="test")
 
 
 def test_the_test_split_is_refused(lab: LM, word_problems: Task) -> None:

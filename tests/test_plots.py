@@ -5,8 +5,10 @@ import functools
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
-from workbench import plots
+from workbench import plots, tracing
+from workbench.interventions import Residual
 from workbench.plots.drawing import POINTS, PlotError
 from workbench.plots.palette import RESERVED, colour, symbol
 from workbench.statistics import paired_difference, wilson
@@ -24,12 +26,34 @@ COMPARISONS = [
     {"a": "plain", "b": "tuned", "difference": 0.35, "low": 0.28, "high": 0.42, "p_holm": 0.0001, "n": 240},
     {"a": "plain", "b": "random", "difference": -0.05, "low": -0.12, "high": 0.02, "p_holm": 0.21, "n": 240},
 ]
+AT_BUDGET = [
+    {"condition": name, "kl_p95": kl, "kl_p95_low": kl * 0.8, "kl_p95_high": kl * 1.3, "accuracy": a, "n": 40,
+     "low": a - 0.1, "high": a + 0.1, "steps": a, "steps_low": a - 0.05, "steps_high": a + 0.1}
+    for name, kl, a in [
+        ("residual-steered", 0.5, 0.6), ("residual-steered", 0.1, 0.3), ("pca", 0.52, 0.6), ("random", 0.5, 0.1),
+    ]
+]  # fmt: skip
 CARD = {"counts": {"questions": 90, "kept": 60, "rejected": {"too long": 8, "wrong answer": 22}}}
 
 
 def records(n=300):
     rng = np.random.default_rng(0)
     return [{"tokens_out": int(x), "kept": bool(rng.random() < 0.7)} for x in rng.gamma(6, 8, n)]
+
+
+def strip_rows(acted, tokens=("<|user|>", " 2", "\n", "The", " answer", "4"), prompt=3):
+    return [
+        {"position": i, "token": t, "part": "prompt" if i < prompt else "generated", "amount": acted.get(i, 0.0)}
+        for i, t in enumerate(tokens)
+    ]
+
+
+def lens_rows(guess, probability):
+    return [
+        {"layer": layer, "rank": rank, "guess": guess, "probability": probability / rank}
+        for layer in range(4)
+        for rank in (1, 2)
+    ]
 
 
 @functools.cache
@@ -44,6 +68,9 @@ def every_figure():
         "layer": plots.layer_effect([{"layer": i, "effect": 0.1, "low": 0.0, "high": 0.2} for i in range(36)]),
         "forest": plots.forest(COMPARISONS),
         "tokens": plots.accuracy_tokens(TABLE),
+        "damage": plots.behaviour_damage(AT_BUDGET, budget=0.5),
+        "strip": plots.trace_strip({"plain": strip_rows({}), "residual-steered": strip_rows({2: 3.0, 5: 1.5})}),
+        "lens": plots.lens_grid({"plain": lens_rows(" The", 0.6), "residual-steered": lens_rows("<|end|>", 0.2)}),
         "mask": plots.token_mask(
             ["<|user|>", "2 + 2", "?", "<|end|>", "4", "\n"] * 40, [False, False, False, False, True, True] * 40
         ),
@@ -122,6 +149,81 @@ def test_strength_curve_does_not_claim_what_the_rows_do_not_show():
     fig = plots.strength_curve(two)
     assert {trace.line.color for trace in fig.data} == {colour("KV-steered"), colour("residual-steered")}
     assert not fig.layout.annotations
+
+
+def test_strength_curve_marks_one_condition_beside_a_random_one():
+    floor = [{"condition": "random", "strength": s, "accuracy": 0.8, "n": 240} for s in (0, 4)]
+    rows = [row | {"condition": "residual-steered"} for row in STRENGTHS]
+    fig = plots.strength_curve(rows + floor)
+    assert [note.text for note in fig.layout.annotations] == ["sweet spot 0.5", "breakdown"]
+    assert not plots.strength_curve(floor).layout.annotations
+    risen = [{"strength": s, "accuracy": a, "n": 40} for s, a in [(0, 0.05), (1, 0.65), (8, 0.4), (12, 0.2)]]
+    words = plots.strength_curve(risen).layout.meta["alt"]  # below the best, though not below strength 0
+    assert "Best at strength 1 with 0.65. Breaks down from strength 12 (0.20)." in words
+
+
+def test_behaviour_damage_draws_both_intervals_and_shows_points_that_coincide():
+    fig = plots.behaviour_damage(pd.DataFrame(AT_BUDGET), budget=0.5)
+    assert [trace.name for trace in fig.data] == ["random", "pca", "residual-steered"]  # first condition on top
+    traces = {trace.name: trace for trace in fig.data}
+    steered = traces["residual-steered"]
+    assert (steered.x, steered.y) == ((0.1, 0.5), (0.3, 0.6))
+    np.testing.assert_allclose(bars(steered), [[0.2, 0.4], [0.5, 0.7]])
+    np.testing.assert_allclose(bars(steered, "x"), [[0.08, 0.13], [0.4, 0.65]])
+    assert steered.line.color == colour("residual-steered")
+    assert (traces["pca"].marker.size, traces["pca"].marker.symbol) == (16, symbol("pca") + "-open")
+    assert traces["random"].marker.size == steered.marker.size == 10
+    assert [shape.x0 for shape in fig.layout.shapes] == [0.5]
+    assert fig.layout.xaxis.tickvals == (0.1, 0.2, 0.5)
+    near = plots.behaviour_damage(AT_BUDGET[:1]).layout.xaxis.range
+    assert near[1] - near[0] > 1
+    assert "random 0.10 [0.00, 0.20] at 0.5." in fig.layout.meta["alt"]
+    steps = plots.behaviour_damage(AT_BUDGET, "steps")
+    np.testing.assert_allclose(bars(steps.data[-1])[1], [0.55, 0.7])
+    assert steps.layout.yaxis.title.text == "answers with steps"
+
+
+def test_trace_strip_darkens_where_it_acted():
+    rows = strip_rows({2: 3.0, 5: 1.5})
+    rows.insert(3, rows[2] | {"amount": 1.0})  # another layer at the same token: the largest counts
+    fig = plots.trace_strip({"plain": strip_rows({}), "random": pd.DataFrame(rows)})
+    notes = {(note.y, note.text): note.bgcolor for note in fig.layout.annotations}
+    assert [text for (_, text), fill in notes.items() if fill is None] == [
+        f"<b>{name}</b>: the {part}" for name in ("plain", "random") for part in ("prompt", "answer")
+    ]
+    marked = {text: fill for (_, text), fill in notes.items() if fill and fill.startswith("rgba")}
+    assert marked == {"↵": "rgba(140, 140, 140, 0.55)", "4": "rgba(140, 140, 140, 0.35)"}
+    assert "random: acted at 1 prompt and 1 answer tokens" in fig.layout.meta["alt"]
+    assert "plain: acted at 0 prompt and 0 answer tokens" in fig.layout.meta["alt"]
+    assert [trace.name for trace in fig.data] == ["random acted here", "untouched"]
+    long = plots.trace_strip({"plain": strip_rows({}, tokens=["a"] * 400, prompt=100)})
+    texts = [note.text for note in long.layout.annotations]
+    assert (texts.count("a"), texts[1], texts[-1]) == (200, "…·40·more·…", "…·160·more·…")
+
+
+def test_a_real_trace_holds_every_token_of_the_text(lab):
+    v = Residual({2: torch.ones(lab.d_model)}, positions="generated")
+    prompt = "<|user|>2+3?<|end|><|assistant|>\n"
+    answer = lab.generate([prompt], v, 6)[0]
+    table = tracing.trace(lab, prompt, v, 6, untouched=True)
+    assert table.token.tolist() == [lab.tokenizer.decode([i]) for i in lab.encode(prompt) + answer.token_ids]
+    assert table.position.tolist() == list(range(len(table)))
+    acted = table[table.amount > 0]
+    assert acted.reset_index(drop=True).equals(tracing.trace(lab, prompt, v, 6).astype({"layer": "Int64"}))
+    assert acted.position.tolist() == table[table.part == "generated"].position.tolist()[:-1]  # the last is not run
+    assert table[table.amount == 0].layer.isna().all()
+    assert f"{len(acted)} answer tokens" in plots.trace_strip({"steered": table}).layout.meta["alt"]
+
+
+def test_lens_grid_shows_the_first_guess_of_every_layer():
+    fig = plots.lens_grid({"plain": lens_rows(" The", 0.6), "random": lens_rows("a very long token indeed", 0.2)})
+    notes = fig.layout.annotations
+    assert [note.text.split() for note in notes] == [["·The", "0.60"]] * 4 + [["a·very·long·t…", "0.20"]] * 4
+    assert len({len(note.text) for note in notes}) == 1  # one width, whatever the guess
+    assert {(note.x, note.y) for note in notes} == {(x, y) for x in (0, 1) for y in range(4)}
+    assert notes[0].bgcolor == "rgba(0, 0, 0, 0.3)"
+    assert fig.layout.xaxis.ticktext == ("plain", "random")
+    assert "plain: 0 ' The' 0.60" in fig.layout.meta["alt"]
 
 
 def test_layer_effect_fills_only_what_excludes_zero():
@@ -207,6 +309,10 @@ def test_figures_are_plain_data_that_repeats():
         (lambda: plots.kept_share({"counts": {"questions": 0, "kept": 0, "rejected": {}}}), "0 questions"),
         (lambda: plots.loss_curve([]), "no loss"),
         (lambda: plots.token_mask(["a"], []), "got 1 and 0"),
+        (lambda: plots.behaviour_damage([{"condition": "x", "accuracy": 0.5}]), "kl_p95"),
+        (lambda: plots.behaviour_damage([AT_BUDGET[0] | {"kl_p95_low": None}]), "no kl_p95_low"),
+        (lambda: plots.trace_strip({"x": []}), "no rows"),
+        (lambda: plots.lens_grid({"x": [{"layer": 0, "rank": 1}]}), "guess, probability"),
     ],
 )
 def test_errors_name_what_is_missing(call, words):

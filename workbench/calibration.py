@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from workbench.divergence import WORST, PlainAnswers, damage, damage_beside
+from workbench.files import content_key
 from workbench.grid import grid
 from workbench.interventions import KV, Intervention, Residual, random_like
 from workbench.models import LM, ModelError
@@ -25,7 +26,7 @@ LADDER = (1 / 16, 1 / 4, 1.0, 4.0)  # strengths of the first evaluation, where r
 TOLERANCE = 0.05  # relative distance from the budget that counts as there
 NOISE = 1e-6  # nats; float32 rounding of two equal models stays below
 ROWS = (Residual, KV)  # kinds whose strength may differ from row to row of one forward
-__all__ = ["Calibrated", "calibrate", "compare_at_budget", "damage"]
+__all__ = ["Calibrated", "behaviour_and_damage", "calibrate", "compare_at_budget", "damage"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,8 @@ class Calibrated:
     """A strength that spends the budget: `intervention` is `strength` times what was given.
 
     kl: the percentile over tokens, in nats, at `strength`. converged: within 5 % of the budget; else `strength` is the
-    largest tried one up to which nothing tried exceeded the budget. table: strength, kl, kl_mean, evaluation.
+    largest tried one up to which nothing tried exceeded the budget. table: strength, kl, kl_mean, evaluation. The
+    intervention's own `calibration` says all but the table, and a hash of the prompts' token ids; it is saved with it.
     """
 
     strength: float
@@ -82,66 +84,124 @@ def compare_at_budget(
     task: Task,
     candidates: dict[str, Intervention],
     *,
-    budget: float = 0.5,
+    budget: float | Sequence[float] = 0.5,
+    n: int = 48,
+    seed: int = 0,
+    split: str = "tuning",
+    max_new_tokens: int = 256,
+    texts: Sequence[str] | None = None,
+    controls: bool = True,
+) -> pd.DataFrame:
+    """Every candidate, and a random direction of equal norm beside it, at the same KL: behaviour and damage.
+
+    All are calibrated and run on the same n questions of a split that is not for reporting. budget: one, or several,
+    each a line of every candidate. controls=False leaves out the random directions. Columns: candidate, control,
+    budget, strength, converged, note; then those of `workbench.grid.grid`; then those of `damage`, with _low and
+    _high. A line that cannot be brought to its budget keeps the reason in `note` and has no numbers, and so does the
+    control of a kind that has no random twin (adapters). Raises ValueError for the test split and for no candidates,
+    ModelError where no line reaches its budget.
+    """
+    prompts = _questions(lm, task, candidates, n, seed, split)
+    plain = PlainAnswers.of(lm, prompts, 64, None)  # as `damage` and `calibrate` do by default
+    budgets = [budget] if isinstance(budget, (int, float)) else sorted(budget)
+    lines = [
+        {"candidate": name, "control": control, **line}
+        for name, x in candidates.items()
+        for control in ((False, True) if controls else (False,))
+        for line in _brought(plain, x, budgets, seed if control else None)
+    ]
+    reached = {number: line.pop("x") for number, line in enumerate(lines) if "x" in line}
+    if not reached:
+        raise ModelError(f"No candidate reaches the budget of {budget} nats. The first one: {lines[0]['note']}")
+    found = _measured(plain, task, reached, prompts, n, seed, split, max_new_tokens, texts)
+    return pd.DataFrame(lines).join(found)
+
+
+def behaviour_and_damage(
+    lm: LM,
+    task: Task,
+    conditions: dict[str, Intervention],
+    *,
     n: int = 48,
     seed: int = 0,
     split: str = "tuning",
     max_new_tokens: int = 256,
     texts: Sequence[str] | None = None,
 ) -> pd.DataFrame:
-    """Every candidate, and a random direction of equal norm beside it, at the same KL: behaviour and damage.
+    """The columns of `compare_at_budget` for interventions as they are, at whatever KL they cost; `condition` first."""
+    prompts = _questions(lm, task, conditions, n, seed, split)
+    plain = PlainAnswers.of(lm, prompts, 64, None)
+    numbered = dict(enumerate(conditions.values()))
+    found = _measured(plain, task, numbered, prompts, n, seed, split, max_new_tokens, texts)
+    return pd.DataFrame({"condition": list(conditions)}).join(found)
 
-    All are calibrated and run on the same n questions of a split that is not for reporting. Columns: candidate,
-    control, strength, converged, note; then those of `workbench.grid.grid`; then those of `damage`, with _low and
-    _high. A line that cannot be brought to the budget keeps its reason in `note` and has no numbers.
-    Raises ValueError for the test split and for no candidates.
-    """
+
+def _questions(
+    lm: LM, task: Task, candidates: dict[str, Intervention], n: int, seed: int, split: str
+) -> list[str | list[dict[str, str]]]:
     if split == "test" or not candidates:
         raise ValueError(
             f"split={split!r} with {len(candidates)} candidates: give at least one, {{'mean': v}}, and split='tuning' "
             "or 'train'. Strengths that are chosen on the test split flatter what is reported on it."
         )
-    prompts = [lm.render(task.messages(row)) for row in task.rows(split, n=n, seed=seed)]
-    plain = PlainAnswers.of(lm, prompts, 64, None)  # as `damage` and `calibrate` do by default
-    lines = [
-        {"candidate": name, "control": control, **_brought(plain, random_like(x, seed) if control else x, budget)}
-        for name, x in candidates.items()
-        for control in (False, True)
-    ]
-    reached = [line for line in lines if "x" in line]
-    if not reached:
-        raise ModelError(f"No candidate reaches the budget of {budget} nats. The first one: {lines[0]['note']}")
-    labels = [{"line": lines.index(line)} for line in reached]
-    cells = [(label, line["x"]) for label, line in zip(labels, reached, strict=True)]
-    behaviour = grid(lm, task, cells, n=n, seed=seed, split=split, max_new_tokens=max_new_tokens)
-    for line, (_, answers) in zip(reached, behaviour.drop(columns="line").iterrows(), strict=True):
-        cost = damage_beside(plain, line["x"], prompts, texts=texts)
-        line |= {str(column): value for column, value in answers.items()} | {"n": n}
-        for name, value in cost.items():
-            line |= {name: value.estimate, f"{name}_low": value.low, f"{name}_high": value.high}
-    order = ["candidate", "control", "strength", "converged", "note"]
-    table = pd.DataFrame(lines).drop(columns="x")
-    return table[[*order, *(column for column in table.columns if column not in order)]]
+    return [lm.render(task.messages(row)) for row in task.rows(split, n=n, seed=seed)]
 
 
-def _brought(plain: PlainAnswers, x: Intervention, budget: float) -> dict[str, Any]:
-    """What a candidate's line says of its calibration; `x` only where the budget was reached."""
-    try:
-        found = _calibrate(plain, x, budget, 95, 6)
-    except ModelError as reason:
-        return {"strength": math.nan, "converged": False, "note": str(reason)}
-    return {"strength": found.strength, "converged": found.converged, "note": "", "x": found.intervention}
+def _measured(
+    plain: PlainAnswers,
+    task: Task,
+    changes: dict[int, Intervention],
+    prompts: Sequence[str | list[dict[str, str]]],
+    n: int,
+    seed: int,
+    split: str,
+    max_new_tokens: int,
+    texts: Sequence[str] | None,
+) -> pd.DataFrame:
+    """Behaviour of all changes in one generation, and the damage of each; the index holds their numbers."""
+    cells = [({"line": number}, x) for number, x in changes.items()]
+    table = grid(plain.lm, task, cells, n=n, seed=seed, split=split, max_new_tokens=max_new_tokens).set_index("line")
+    costs = []
+    for x in changes.values():
+        cost: dict[str, float] = {}
+        for name, value in damage_beside(plain, x, prompts, texts=texts).items():
+            cost |= {name: value.estimate, f"{name}_low": value.low, f"{name}_high": value.high}
+        costs.append(cost)
+    return table.join(pd.DataFrame(costs, index=table.index))
 
 
-def _calibrate(plain: PlainAnswers, x: Intervention, budget: float, percentile: float, evaluations: int) -> Calibrated:
+def _brought(plain: PlainAnswers, x: Intervention, budgets: Sequence[float], seed: int | None) -> list[dict[str, Any]]:
+    """What the lines of a candidate (of its random twin, given a seed) say of calibration; `x` where it arrived."""
+    lines: list[dict[str, Any]] = []
+    seen: list[dict[str, float]] = []
+    for budget in budgets:
+        try:
+            found = _calibrate(plain, x if seed is None else random_like(x, seed), budget, 95, 6, seen)
+        except ModelError as reason:
+            lines.append({"budget": budget, "strength": math.nan, "converged": False, "note": str(reason)})
+            continue
+        facts = {"budget": budget, "strength": found.strength, "converged": found.converged, "note": ""}
+        lines.append({**facts, "x": found.intervention})
+    return lines
+
+
+def _calibrate(
+    plain: PlainAnswers,
+    x: Intervention,
+    budget: float,
+    percentile: float,
+    evaluations: int,
+    seen: list[dict[str, float]] | None = None,
+) -> Calibrated:
+    """`seen` holds what earlier searches for other budgets tried, and is added to."""
     if not (NOISE * 10 <= budget < WORST and 0 < percentile <= 100 and evaluations >= 1):
         raise ModelError(
             f"budget={budget}, percentile={percentile}, evaluations={evaluations}: the budget is in nats a token (0.5 "
             f"is a usual one, at least {NOISE * 10}), the percentile above 0 and at most 100, evaluations at least 1."
         )
     several = all(isinstance(part, ROWS) for part in x.parts)
-    tried: dict[float, float] = {}
-    lines = []
+    lines = [] if seen is None else seen
+    tried = {line["strength"]: line["kl"] for line in lines}
     used = 0
     while used < evaluations and _arrived(tried, budget) is None:
         if used >= 2 and max(tried.values()) <= NOISE:
@@ -151,14 +211,20 @@ def _calibrate(plain: PlainAnswers, x: Intervention, budget: float, percentile: 
         for c, costs in zip(new, plain.kl([c * x for c in new]), strict=True):
             tokens = np.concatenate(costs)
             tried[c] = float(np.percentile(tokens, percentile))
-            lines.append({"strength": c, "kl": tried[c], "kl_mean": tokens.mean(), "evaluation": used})
+            lines.append({"strength": c, "kl": tried[c], "kl_mean": float(tokens.mean()), "evaluation": used})
     table = pd.DataFrame(lines).sort_values("strength", ignore_index=True)
     low, high = _bracket(tried, budget)
     arrived = _arrived(tried, budget)
     strength = low if arrived is None else arrived
     if strength is None or (arrived is None and high is None):
         raise ModelError(_unreachable(x, tried, budget, percentile, used))
-    return Calibrated(strength, tried[strength], budget, percentile, used, arrived is not None, strength * x, table)
+    record = {
+        "budget": budget, "percentile": percentile, "kl": tried[strength], "strength": strength, "evaluations": used,
+        "converged": arrived is not None, "model": plain.lm.name, "revision": plain.lm.revision,
+        "prompts_sha256": content_key(prompts=plain.prompts), "new_tokens": max(map(len, plain.answers)),
+    }  # fmt: skip
+    found = (strength * x).with_calibration(record)
+    return Calibrated(strength, tried[strength], budget, percentile, used, arrived is not None, found, table)
 
 
 def _arrived(tried: dict[float, float], budget: float) -> float | None:

@@ -40,7 +40,7 @@ def damage(
     answers. repetition, repetition_plain: share of 4-grams of token ids that occurred before in the same answer, in
     x's own and in the plain model's greedy answers. With `texts` (ordinary ones, four tokens or more), bits and
     bits_plain: bits a token on the second half of each text; the first half stands for the prompt, so that every span
-    and a KV edit have their place. Perplexity is 2 to their power.
+    and a KV edit have their place. Perplexity is 2 to their power. bits_added: their difference, paired by token.
     """
     plain = PlainAnswers.of(lm, prompts, max_new_tokens, batch_size)
     return damage_beside(plain, x, prompts, max_new_tokens=max_new_tokens, texts=texts, batch_size=batch_size)
@@ -64,8 +64,9 @@ def damage_beside(
     if texts is not None:
         halves = [_halved(lm, text) for text in texts]
         reading = PlainAnswers(lm, [first for first, _ in halves], [second for _, second in halves], batch_size)
-        found["bits"] = _over_prompts(reading.bits(x))
-        found["bits_plain"] = _over_prompts(reading.bits(None))
+        changed, untouched = reading.bits(x), reading.bits(None)
+        found |= {"bits": _over_prompts(changed), "bits_plain": _over_prompts(untouched)}
+        found["bits_added"] = _over_prompts([new - old for new, old in zip(changed, untouched, strict=True)])
     return found
 
 

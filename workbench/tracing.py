@@ -20,7 +20,13 @@ from workbench.models import LM, ModelError
 
 
 def trace(
-    lm: LM, prompt: str | list[dict[str, str]], x: Intervention, max_new_tokens: int = 32, *, use_cache: bool = True
+    lm: LM,
+    prompt: str | list[dict[str, str]],
+    x: Intervention,
+    max_new_tokens: int = 32,
+    *,
+    use_cache: bool = True,
+    untouched: bool = False,
 ) -> pd.DataFrame:
     """Where an intervention really acted while the prompt was continued: a row a position, layer and kind.
 
@@ -28,8 +34,9 @@ def trace(
     for "residual" the norm of a block's output after minus before the intervention, in one and the same forward; for
     "kv" the norm of the change in a cached token's keys and values between two forwards. Rows with amount 0 are left
     out. The last new token is never processed. use_cache=False recomputes everything for each token, as
-    `model.generate(use_cache=False)` does; the answer is the same. Adapters and weight edits change every token and
-    are refused.
+    `model.generate(use_cache=False)` does; the answer is the same. untouched=True also gives a row with amount 0, and
+    no layer and kind, to every token that nothing changed: the whole text, as `plots.trace_strip` draws it. Adapters
+    and weight edits change every token and are refused.
     """
     wrong = sorted({type(part).__name__ for part in x.parts if isinstance(part, (Adapter, Weights))})
     if wrong:
@@ -48,14 +55,28 @@ def trace(
             first = 0 if cache is None or stop == length else stop - 1
             recorder.begin(first, stop)
             lm.model(input_ids=ids[:, first:stop], past_key_values=cache, use_cache=use_cache)
-    rows = [
+    return _table(lm, [*ids[0].tolist(), *new[-1:]], length, recorder.amounts, untouched)
+
+
+def _table(
+    lm: LM, text: list[int], length: int, amounts: dict[tuple[int, int, str], float], untouched: bool
+) -> pd.DataFrame:
+    rows: list[tuple[int, int | None, str | None, float]] = [
+        (position, layer, kind, amount) for (position, layer, kind), amount in sorted(amounts.items())
+    ]
+    if untouched:
+        acted = {row[0] for row in rows}
+        rows += [(position, None, None, 0.0) for position in range(len(text)) if position not in acted]
+        rows.sort(key=lambda row: row[0])  # stable: layers stay in order
+    lines = [
         {
-            "position": position, "token": lm.tokenizer.decode([int(ids[0, position])]), "layer": layer,
+            "position": position, "token": lm.tokenizer.decode([text[position]]), "layer": layer,
             "part": "prompt" if position < length else "generated", "kind": kind, "amount": amount,
         }
-        for (position, layer, kind), amount in sorted(recorder.amounts.items())
+        for position, layer, kind, amount in rows
     ]  # fmt: skip
-    return pd.DataFrame(rows, columns=["position", "token", "part", "layer", "kind", "amount"])
+    table = pd.DataFrame(lines, columns=["position", "token", "part", "layer", "kind", "amount"])
+    return table.astype({"layer": "Int64"}) if untouched else table
 
 
 class _Recorder:

@@ -26,20 +26,24 @@ from workbench.plots.drawing import (
     rows_of,
     series,
 )
+from workbench.plots.lens import lens_grid
 from workbench.plots.palette import GRID, INK, colour, faded, symbol
-from workbench.plots.steering import layer_effect, strength_curve
-from workbench.plots.token_strip import token_mask
+from workbench.plots.steering import behaviour_damage, layer_effect, strength_curve
+from workbench.plots.token_strip import token_mask, trace_strip
 
 __all__ = [
     "PlotError",
     "accuracy_tokens",
+    "behaviour_damage",
     "data_lengths",
     "forest",
     "kept_share",
     "layer_effect",
+    "lens_grid",
     "loss_curve",
     "strength_curve",
     "token_mask",
+    "trace_strip",
 ]
 
 KEPT, REJECTED = "#56B4E9", "#882255"  # sky blue and wine, which no condition has

@@ -1,4 +1,4 @@
-"""Figures of an intervention's dials: what strength does, which layer works; `plots` offers them with the others.
+"""Figures of an intervention's dials: what strength does, which layer works, what it costs; `plots` offers them too.
 
 Choose strength and layer on the tuning split and report on another: the best of many points is partly luck.
 """
@@ -13,14 +13,15 @@ from workbench.plots.drawing import PlotError, Row, Table, error_bars, finish, i
 from workbench.plots.palette import INK, colour, faded, symbol
 
 BROKEN = "#882255"  # wine, which no condition has
+SIZE = 10.0  # px of a marker
 
 
 def strength_curve(table: Table) -> go.Figure:
     """Accuracy and share of answers with steps against steering strength; the sweet spot and the breakdown are marked.
 
     Rows: `strength`, `accuracy`, `low`, `high` (or `n`), optionally `steps`, `steps_low`, `steps_high` (or `n`) and
-    `condition`. Sweet spot: the highest accuracy. Breakdown: strengths beyond it whose interval lies wholly below that
-    of strength 0. Marks are drawn for a single condition only.
+    `condition`. Sweet spot: the highest accuracy. Breakdown: strengths beyond it whose interval lies wholly below the
+    sweet spot's. Marks are drawn where a single condition is left beside random ones.
     """
     rows = sorted(rows_of(table, ("strength", "accuracy")), key=lambda row: row["strength"])
     names = list(dict.fromkeys(row.get("condition", "residual-steered") for row in rows))
@@ -40,7 +41,7 @@ def strength_curve(table: Table) -> go.Figure:
             )
         best, broken, said = _sweet_spot(own)
         words.append(lead + said)
-        if len(names) == 1:
+        if [other for other in names if colour(other) != colour("random")] == [name]:
             _mark_strengths(fig, own, best, broken)
     fig.update_yaxes(range=[-0.03, 1.08], tickformat=".0%")
     said = "Accuracy by strength. " + " ".join(words)
@@ -51,11 +52,9 @@ def _sweet_spot(rows: list[Row]) -> tuple[Row, list[Row], str]:
     best = max(rows, key=lambda row: (row["accuracy"], -abs(row["strength"])))
     words = f"Best at strength {best['strength']:g} with {best['accuracy']:.2f}."
     base = next((row for row in rows if row["strength"] == 0), None)
-    if base is None:
-        return best, [], words
-    floor, ceiling = limits(base, "accuracy")
-    if limits(best, "accuracy")[0] <= ceiling:
+    if base is not None and limits(best, "accuracy")[0] <= limits(base, "accuracy")[1]:
         words += " Its interval overlaps that of strength 0."
+    floor = limits(best, "accuracy")[0]
     broken = [r for r in rows if r["strength"] > max(0, best["strength"]) and limits(r, "accuracy")[1] < floor]
     if broken:
         words += f" Breaks down from strength {broken[0]['strength']:g} ({broken[0]['accuracy']:.2f})."
@@ -113,3 +112,70 @@ def layer_effect(table: Table, condition: str = "residual-steered") -> go.Figure
     largest = f"{best[name]:+.2f} {in_brackets(best, name)}"
     words = f"Effect by layer for {len(rows)} layers; largest at layer {best['layer']}: {largest}."
     return finish(fig, f"Effect by layer ({condition})", "layer (decoder block)", "change in accuracy", words)
+
+
+def behaviour_damage(table: Table, behaviour: str = "accuracy", budget: float | None = None) -> go.Figure:
+    """Behaviour against damage: share of right answers (or "steps") by the KL it costs; up and to the left is better.
+
+    Rows as `compare_at_budget` gives them: `condition`, `kl_p95` (nats) and the behaviour, each with its limits. The
+    points of one condition are joined in the order of their KL; `budget` (nats) is marked. A condition that lies on
+    earlier ones has larger, open markers, so that all are seen.
+    """
+    limit = ("low", "high") if behaviour == "accuracy" else (f"{behaviour}_low", f"{behaviour}_high")
+    rows = rows_of(table, ("condition", behaviour, "kl_p95", "kl_p95_low", "kl_p95_high"))
+    groups: dict[str, list[Row]] = {str(row["condition"]): [] for row in rows}
+    for row in sorted(rows, key=lambda row: row["kl_p95"]):
+        groups[str(row["condition"])].append(row)
+    fig, words = go.Figure(), []
+    for name, size in reversed(_sizes(groups, behaviour).items()):  # the largest first, beneath the others
+        own, tint = groups[name], {"color": colour(name)}
+        fig.add_scatter(
+            x=[row["kl_p95"] for row in own],
+            y=[row[behaviour] for row in own],
+            error_x=error_bars(own, "kl_p95", "kl_p95_low", "kl_p95_high", thickness=1) | tint,
+            error_y=error_bars(own, behaviour, *limit, thickness=2) | tint,
+            mode="lines+markers",
+            line=tint | {"width": 1.5},
+            marker=tint | {"symbol": symbol(name) + ("-open" if size > SIZE else ""), "size": size},
+            name=name,
+            showlegend=True,
+        )
+        words.append(f"{name} {'; '.join(_point(row, behaviour, *limit) for row in own)}.")
+    if budget is not None:
+        fig.add_vline(x=budget, line={"color": INK, "dash": "dash", "width": 1})
+    _log_axis(fig, rows)
+    fig.update_yaxes(range=[-0.03, 1.05], tickformat=".0%")
+    what = "right answers" if behaviour == "accuracy" else f"answers with {behaviour}"
+    axis = "damage: KL from the plain model (nats, 95th percentile over tokens)"
+    said = f"Share of {what} by KL in nats. " + " ".join(reversed(words))
+    return finish(fig, "What it buys for what it damages", axis, what, said)
+
+
+def _point(row: Row, behaviour: str, low: str, high: str) -> str:
+    bottom, top = limits(row, behaviour, low, high)
+    return f"{row[behaviour]:.2f} [{bottom:.2f}, {top:.2f}] at {row['kl_p95']:.2g}"
+
+
+def _sizes(groups: dict[str, list[Row]], behaviour: str) -> dict[str, float]:
+    """Marker size by condition: larger by 6 px for every earlier condition that has a point at the same place."""
+
+    def same(a: Row, b: Row) -> bool:
+        return abs(a[behaviour] - b[behaviour]) < 0.02 and abs(a["kl_p95"] - b["kl_p95"]) <= 0.1 * abs(a["kl_p95"])
+
+    names = list(groups)
+    return {
+        name: SIZE + 6 * sum(any(same(a, b) for a in groups[name] for b in groups[other]) for other in names[:place])
+        for place, name in enumerate(names)
+    }
+
+
+def _log_axis(fig: go.Figure, rows: list[Row]) -> None:
+    """From the lowest limit of KL to the highest, with ticks at 1, 2 and 5 times the powers of ten."""
+    ends = [limits(row, "kl_p95", "kl_p95_low", "kl_p95_high") for row in rows]
+    low, high = (math.log10(max(end, 1e-6)) for end in (min(low for low, _ in ends), max(high for _, high in ends)))
+    spare = max(0.0, 1 - (high - low)) / 2  # at least one power of ten, so that near points look near
+    low, high = low - spare, high + spare
+    steps = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in (1, 2, 5)]
+    ticks = [step for step in steps if low - 0.1 <= math.log10(step) <= high + 0.1]
+    text = [f"{tick:g}" for tick in ticks]
+    fig.update_xaxes(type="log", range=[low - 0.1, high + 0.1], tickvals=ticks, ticktext=text)

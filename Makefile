@@ -3,12 +3,13 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment run test lab bench lab-model doctor lint format types lock reasoning-gym clean clean-all
+.PHONY: help environment run test outside lab bench lab-model doctor lint format types lock reasoning-gym clean clean-all
 
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+SIZE := 3 GB; 8 GB with CUDA
 ARGS ?=
 
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -56,7 +57,7 @@ venv:
 	"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
 		echo "$(PYTHON) cannot make environments: its venv or ensurepip module is missing."; \
 		echo "Debian and Ubuntu: sudo apt install $$("$(PYTHON)" -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])')"; exit 1; }; \
-	echo "Making $(VENV) with $$("$(PYTHON)" --version) (some minutes, about 3 GB; 8 GB with CUDA)"; \
+	echo "Making $(VENV) with $$("$(PYTHON)" --version) (some minutes, about $(SIZE))"; \
 	"$(PYTHON)" -m venv --clear $(VENV)
 
 reasoning-gym: $(STAMP)  ## install reasoning-gym with pycosat, which needs a C compiler
@@ -82,6 +83,22 @@ test: export HF_HUB_OFFLINE := 1
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP)  ## all tests, doctests included (a part: make test ARGS="-k steering")
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Other libraries, each in an environment of its own, because they hold transformers under 5 or numpy under 2.
+# The stamp is again last. What can't be installed is told and not fatal: its tests say that they were skipped.
+OUTSIDE := steering-vectors repeng
+$(OUTSIDE:%=.outside/%/.complete): .outside/%/.complete: requirements-outside-%.lock
+	@mkdir -p .outside && printf '*\n' >.outside/.gitignore
+	@$(MAKE) --no-print-directory venv VENV=.outside/$* SIZE='1.4 GB; 7 GB with CUDA' && \
+	.outside/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile \
+		--only-binary :all: -r requirements-outside-$*.lock && touch $@ || printf '%s\n' \
+		'$* could not be installed, so the tests beside it are skipped. It needs a network or a filled pip cache, and' \
+		'repeng Python 3.11 or 3.12 (numpy under 2). To try again: make outside PYTHON=/path/to/python3.12'
+
+outside: export HF_HUB_OFFLINE := 1
+outside: export OMP_NUM_THREADS ?= 1
+outside: $(STAMP) $(OUTSIDE:%=.outside/%/.complete)  ## compare with other steering libraries (installs them in .outside)
+	$(PY) -m pytest tests/outside $(ARGS)
 
 lint: $(STAMP)  ## formatting and common mistakes, notebooks included
 	$(PY) -m ruff format --check .
@@ -110,7 +127,7 @@ lock:  ## pin the newest allowed versions anew (then: make test)
 
 clean:  ## remove caches (outputs and the environment stay)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info
-	find . -path ./$(VENV) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./.outside \) -prune -o -type d \( -name __pycache__ -o -name .ipynb_checkpoints \) -exec rm -rf {} +
 
-clean-all: clean  ## remove caches and the environment (outputs stay)
-	rm -rf $(VENV) $(LOCK_ENV)
+clean-all: clean  ## remove caches and environments (outputs stay)
+	rm -rf $(VENV) $(LOCK_ENV) .outside

@@ -1,0 +1,1 @@
+"""Comparisons with other libraries, each in its own environment; `make outside` installs and runs them."""

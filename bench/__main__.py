@@ -1,174 +1,65 @@
-"""`make bench`: how many times faster the workbench is than a plain loop that does the same work, with equal results.
+"""`make bench`: how many times faster the workbench is than other code that does the same work, with equal results.
 
-Four parts on the lab model (or `--model`): generation, a grid, extraction, evaluation of several conditions. Each plain
-loop is what a careful person would write with transformers alone, one prompt at a time (the grid: one cell at a time);
-results are compared before times are shown. Times are wall clock, the smallest of `--repeats`.
+Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
+extraction beside other libraries (installed by `make outside`), and what steering costs a token.
 """
 
 import argparse
 import platform
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
 import workbench as wb
-from workbench.models import end_tokens
+from bench import extraction, generation, steering
 from workbench.report.tables import format_table
 
-
-def best_of(work: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """The smallest wall-clock time in seconds, and the result."""
-    times, result = [], None
-    for _ in range(repeats):
-        began = time.perf_counter()
-        result = work()
-        times.append(time.perf_counter() - began)
-    return min(times), result
+Lines = list[dict[str, Any]]
+PARTS = ("generation", "grid", "evaluation", "extraction", "steering")
 
 
-def plain_generate(lm: wb.LM, prompts: list[Any], limit: int) -> list[list[int]]:
-    """The reference: transformers' greedy `generate`, one prompt at a time."""
-    found = []
-    for prompt in prompts:
-        ids = torch.tensor([lm.encode(prompt)], device=lm.device)
-        output = lm.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit)
-        found.append(output[0, ids.shape[1] :].tolist())
-    return found
+def machine() -> str:
+    """Processor and cores, and the GPU where there is one."""
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    processor = names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{len(names) or '?'} x {processor}{gpu}"
 
 
-def plain_extract(lm: wb.LM, pairs: wb.Pairs) -> torch.Tensor:
-    """The reference: mean difference of every layer's last state, two full forwards a pair, batch 1."""
-    states: list[torch.Tensor] = []
-    hooks = [block.register_forward_hook(lambda m, a, out: states.append(out[0, -1].float())) for block in lm.blocks]
-    total = torch.zeros(len(lm.blocks), lm.d_model, device=lm.device)
-    try:
-        for positive, negative in zip(pairs.positive, pairs.negative, strict=True):
-            for text, sign in ((positive, 1.0), (negative, -1.0)):
-                states.clear()
-                with torch.no_grad():
-                    lm.model(torch.tensor([lm.encode(text)], device=lm.device), use_cache=False)
-                total += sign * torch.stack(states) / len(pairs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return total
-
-
-def line(name: str, plain: float, ours: float, same: str) -> dict[str, Any]:
-    """One row of the table."""
-    return {"what": name, "plain loop, s": plain, "workbench, s": ours, "ratio": plain / ours, "same result": same}
-
-
-def generation(lm: wb.LM, task: wb.Task, n: int, limit: int, repeats: int) -> list[dict[str, Any]]:
-    """Direct answers, answers with steps, and answers after shared examples."""
-    lines = []
-    rows = task.rows("tuning", n=n)
-    shared = task.messages(rows[0], wb.few_shot("steps", 3))[:-1]
-    cases = {
-        "generate, question alone": [task.messages(row) for row in rows],
-        "generate, told to show steps": [task.messages(row, wb.instruction("steps")) for row in rows],
-        "generate, 3 own examples": [task.messages(row, wb.few_shot("steps", 3)) for row in rows],
-        "generate, 3 shared examples": [[*shared, *task.messages(row)] for row in rows],
-    }
-    for name, prompts in cases.items():
-        plain, reference = best_of(lambda prompts=prompts: plain_generate(lm, prompts, limit), 1)
-        ours, found = best_of(lambda prompts=prompts: lm.generate(prompts, max_new_tokens=limit), repeats)
-        equal = sum(a == b.token_ids for a, b in zip(reference, found, strict=True))
-        lines.append(line(name, plain, ours, f"{equal} of {n} token for token"))
-    return lines
-
-
-def extraction(lm: wb.LM, task: wb.Task, n: int, repeats: int) -> list[dict[str, Any]]:
-    """Mean-difference vectors of all layers."""
-    pairs = wb.contrast(task, shots=4, n=n, lm=lm)
-    plain, reference = best_of(lambda: plain_extract(lm, pairs), 1)
-    ours, found = best_of(lambda: wb.extract(lm, pairs), repeats)
-    vectors = torch.stack([found.vectors[layer] for layer in sorted(found.vectors)]).to(reference)
-    error = ((vectors - reference).norm() / reference.norm()).item()
-    return [line(f"extract, {n} pairs of 4 shots", plain, ours, f"relative difference {error:.1e}")]
-
-
-def plain_batch(lm: wb.LM, prompts: list[Any], limit: int) -> list[list[int]]:
-    """The reference for a grid: transformers' greedy `generate` on all prompts at once, padded on the left."""
-    texts = [lm.encode(prompt) for prompt in prompts]
-    width, pad = max(map(len, texts)), lm.tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (width - len(text)) + text for text in texts], device=lm.device)
-    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts], device=lm.device)
-    output = lm.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=limit)[:, width:].tolist()
-    ends = end_tokens(lm)
-    cuts = [next((place + 1 for place, token in enumerate(row) if token in ends), len(row)) for row in output]
-    return [row[:cut] for row, cut in zip(output, cuts, strict=True)]
-
-
-def cells(lm: wb.LM, task: wb.Task, n: int, limit: int) -> list[dict[str, Any]]:
-    """A grid of strengths and layers: one generation against one `model.generate` a cell, each on all prompts."""
-    vector = wb.extract(lm, wb.contrast(task, shots=3, n=20, lm=lm))
-    layers = list(range(1, len(lm.blocks)))[:5]
-    grid = [
-        s * vector.at(layers=[layer], positions="last") for layer in layers for s in (0.0, 0.25, 0.5, 1, 1.5, 2, 3, 4)
-    ]
-    prompts = [lm.render(task.messages(row)) for row in task.rows("tuning", n=n)]
-
-    def loop() -> list[list[int]]:
-        found = []
-        for x in grid:
-            with lm.apply(x):
-                found += plain_batch(lm, prompts, limit)
-        return found
-
-    plain, reference = best_of(loop, 1)
-    ours, answers = best_of(lambda: lm.generate(prompts * len(grid), [x for x in grid for _ in prompts], limit), 1)
-    equal = sum(a == b.token_ids for a, b in zip(reference, answers, strict=True))
-    return [line(f"grid, {len(grid)} cells x {n}", plain, ours, f"{equal} of {len(answers)} token for token")]
-
-
-def evaluation(lm: wb.LM, task: wb.Task, n: int, limit: int, repeats: int) -> list[dict[str, Any]]:
-    """Three conditions on the same questions, verified: `evaluate` against a loop over `model.generate`."""
-    vector = wb.extract(lm, wb.contrast(task, shots=3, n=20, lm=lm)).at(layers=[1], positions="last")
-    conditions = {"plain": [], "told": [wb.instruction("steps")], "steered": [vector]}
-    rows = task.rows("tuning", n=n)
-
-    def loop() -> list[bool]:
-        right = []
-        for strategy, change in ((None, 0.0), (wb.instruction("steps"), 0.0), (None, 1.0)):
-            prompts = [task.messages(row, strategy) for row in rows]
-            with lm.apply(change * vector):
-                tokens = plain_generate(lm, prompts, limit)
-            texts = [lm.tokenizer.decode(each, skip_special_tokens=True) for each in tokens]
-            right += [task.verify(row, text).correct for row, text in zip(rows, texts, strict=True)]
-        return right
-
-    plain, reference = best_of(loop, 1)
-    ours, found = best_of(lambda: wb.evaluate(lm, task, conditions, n=n, split="tuning", max_new_tokens=limit), repeats)
-    equal = sum(a == b for a, b in zip(reference, found.rows.correct.tolist(), strict=True))
-    return [line(f"evaluate, 3 conditions x {n}", plain, ours, f"{equal} of {3 * n} verdicts")]
-
-
-def main() -> None:
+def main(arguments: Iterable[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="lab")
     parser.add_argument("--task", default="word-problems")
-    parser.add_argument("--n", type=int, default=64, help="prompts, and pairs")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to run")
+    parser.add_argument("--n", type=int, default=64, help="prompts")
+    parser.add_argument("--pairs", type=int, default=500, help="pairs to extract from")
     parser.add_argument("--limit", type=int, default=120, help="new tokens")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
+    options = parser.parse_args(None if arguments is None else list(arguments))
     torch.set_num_threads(options.threads)
     lm, task = wb.load_model(options.model), wb.load_task(options.task)
-    print(f"{platform.processor() or platform.machine()}, {options.threads} torch threads, device {lm.device}")
+    print(f"{machine()}; {options.threads} torch threads, model on {lm.device}")
     print(
         f"torch {torch.__version__}, transformers {transformers.__version__}, {lm.name} {lm.revision}, {lm.model.dtype}"
     )
     lm.generate([task.messages(task.rows("tuning", n=1)[0])], max_new_tokens=2)  # first calls are slower
-    lines = generation(lm, task, options.n, options.limit, options.repeats)
-    lines += cells(lm, task, options.n, options.limit)
-    lines += extraction(lm, task, options.n, options.repeats)
-    lines += evaluation(lm, task, options.n, options.limit, options.repeats)
-    print(format_table(lines))
+    n, limit, repeats = options.n, options.limit, options.repeats
+    parts: dict[str, Callable[[], Lines]] = {
+        "generation": lambda: generation.generation(lm, task, n, limit, repeats),
+        "grid": lambda: generation.cells(lm, task, n, limit, repeats),
+        "evaluation": lambda: generation.evaluation(lm, task, n, limit, repeats),
+        "extraction": lambda: extraction.lines(lm, task, options.pairs, repeats),
+        "steering": lambda: steering.lines(lm, task, n, repeats),
+    }
+    for name in PARTS:
+        if name in options.only:
+            print(f"\n{name}\n{format_table(parts[name]())}", flush=True)
 
 
 if __name__ == "__main__":

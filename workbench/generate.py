@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from workbench.interventions import Intervention
     from workbench.interventions.session import Session
 
-# Prompt and new tokens of one batch on a CPU: beyond that the cache leaves the processor's own memory.
-CPU_TOKENS = 16_384
+# Prompt and new tokens of one batch on a CPU: beyond that the cache leaves the processor's own memory. Where prompts
+# come again and again (a grid), they are computed once, and what is left to do gains from more rows a step.
+CPU_TOKENS, CPU_TOKENS_REPEATED = 16_384, 65_536
 
 
 @dataclass(frozen=True)
@@ -135,18 +136,19 @@ def _check_context(lm: LM, texts: Sequence[Sequence[int]], decoding: Decoding) -
 def _batches(rows: Sequence[Row], lm: LM, decoding: Decoding, batch_size: int | None) -> Iterator[list[Row]]:
     """Rows of similar length together, equal prompts side by side; longest first: memory runs out early or never."""
     order = sorted(rows, key=lambda row: (-len(row.prompt), row.prompt))
-    budget = _token_budget(lm)
+    repeated = 2 * len({tuple(row.prompt) for row in rows}) <= len(rows)
+    budget = _token_budget(lm, CPU_TOKENS_REPEATED if repeated else CPU_TOKENS)
     while order:
         size = batch_size or max(1, budget // (len(order[0].prompt) + decoding.max_new_tokens))
         yield order[:size]
         order = order[size:]
 
 
-def _token_budget(lm: LM) -> int:
+def _token_budget(lm: LM, most_on_cpu: int) -> int:
     """Tokens of cache that a batch may fill: a constant on a CPU, half of the free memory on a GPU."""
     size = bytes_a_token(lm)
     if lm.device.type != "cuda":
-        return min(CPU_TOKENS, max(1, psutil.virtual_memory().available // 4 // size))
+        return min(most_on_cpu, max(1, psutil.virtual_memory().available // 4 // size))
     free = torch.cuda.mem_get_info(lm.device)[0]
     return max(1, free // 4 // size)  # a step holds two copies of a layer's cache, prefill its activations
 

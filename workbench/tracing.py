@@ -1,7 +1,8 @@
 """Where interventions really acted, token by token: measured in the forward passes, not read off the plan.
 
-Covers changes of the residual stream and of cached keys and values of one prompt. Weight edits and adapters act on
-every token, logit edits on none: they have no rows. (A trace as the oracle of a steering library: EasySteer's tests.)
+Covers changes of the residual stream, of cached keys and values and of which are still there, of one prompt. Weight
+edits and adapters act on every token, logit edits on none: they have no rows. (A trace as the oracle of a steering
+library: EasySteer's tests.)
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from workbench.interventions import Adapter, Intervention
+from workbench.interventions.kv_quantize import FewBitsLayer
+from workbench.interventions.session import ACTIVE
 from workbench.interventions.weights import Weights
 from workbench.models import LM, ModelError
 
@@ -30,13 +33,14 @@ def trace(
 ) -> pd.DataFrame:
     """Where an intervention really acted while the prompt was continued: a row a position, layer and kind.
 
-    The prompt is continued greedily under `x`, then the same tokens run again, one a step, and are measured. amount:
+    The prompt is continued greedily under `x`, then the same tokens run again, one a step, and are measured. Amount:
     for "residual" the norm of a block's output after minus before the intervention, in one and the same forward; for
-    "kv" the norm of the change in a cached token's keys and values between two forwards. Rows with amount 0 are left
-    out. The last new token is never processed. use_cache=False recomputes everything for each token, as
+    "kv" the norm of the change in a cached token's keys and values between two forwards; for "dropped" the share of
+    the layer's key-value heads that no longer hold or see the token. Rows with amount 0 are left out. The last new
+    token is never processed. use_cache=False recomputes everything for each token, as
     `model.generate(use_cache=False)` does; the answer is the same. untouched=True also gives a row with amount 0, and
     no layer and kind, to every token that nothing changed: the whole text, as `plots.trace_strip` draws it. Adapters
-    and weight edits change every token and are refused.
+    and weight edits change every token and are refused; so are spliced blocks, whose tokens are not in the text.
     """
     wrong = sorted({type(part).__name__ for part in x.parts if isinstance(part, (Adapter, Weights))})
     if wrong:
@@ -112,20 +116,24 @@ class _Recorder:
             if self.seen[layer] == self.stop:  # a gate has run the prompt once before
                 self.seen[layer] = self.first
             cache, entry = _entry(layer, args, kwargs)
-            old = self.caches.get(layer)
+            old, layout = self.caches.get(layer), ACTIVE[self.lm.model][-1].layout
+            if layout is not None and layout.added:
+                raise ModelError(
+                    "A spliced block's tokens are not in the text, and all behind them move up: there are no positions "
+                    "to trace. Trace the rest of the sum without it."
+                )
             if entry is None or old is None or old[0] is not cache:
                 return
-            if entry.keys.shape != old[1].shape or entry.values.shape != old[2].shape:
-                raise ModelError(
-                    f"The cache of layer {layer} went from {old[1].shape[2]} to {entry.keys.shape[2]} tokens between "
-                    "two forwards: an edit that drops or adds tokens leaves no positions to trace."
-                )
-            change = sum(
-                (new.float() - was.float()).square().sum((0, 1, 3))
-                for new, was in ((entry.keys, old[1]), (entry.values, old[2]))
-            )
-            first = self.seen[layer] - entry.keys.shape[2]  # a sliding cache has let go of the first ones
-            self._note(layer, "kv", first, torch.as_tensor(change).sqrt())
+            keys, values = _stored(entry)
+            first = self.seen[layer] - old[1].shape[2]  # a sliding cache has let go of the first ones
+            if keys.shape != old[1].shape:
+                self._note(layer, "dropped", first, _let_go(layer, (old[1], old[2]), (keys, values)))
+                return
+            change = (keys - old[1]).square().sum((0, 1, 3)) + (values - old[2]).square().sum((0, 1, 3))
+            self._note(layer, "kv", first, change.sqrt())
+            if layout is not None and layout.changed and not getattr(entry, "gone", 0):
+                unseen = ~layout.visible[0, first : first + keys.shape[2]]
+                self._note(layer, "dropped", first, unseen.float())
 
         return hook
 
@@ -143,7 +151,8 @@ class _Recorder:
             self.seen[layer] += hidden.shape[1]
             cache, entry = _entry(layer, args, kwargs)
             if entry is not None:
-                self.caches[layer] = (cache, entry.keys.clone(), entry.values.clone())
+                keys, values = _stored(entry)
+                self.caches[layer] = (cache, keys.clone(), values.clone())
 
         return hook
 
@@ -158,6 +167,24 @@ def _entry(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[A
     cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
     entry = cache.layers[layer] if cache is not None and layer < len(cache.layers) else None
     return cache, entry if isinstance(getattr(entry, "keys", None), Tensor) else None
+
+
+def _stored(entry: Any) -> tuple[Float[Tensor, "1 heads tokens size"], Float[Tensor, "1 heads tokens value_size"]]:
+    """Keys and values of a cache layer in float32, unpacked where they are packed."""
+    keys, values = entry.entries if isinstance(entry, FewBitsLayer) else (entry.keys, entry.values)
+    return keys.float(), values.float()
+
+
+def _let_go(layer: int, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Float[Tensor, " tokens"]:
+    """The share of key-value heads that no longer hold a token; those that stay are found again by their entries."""
+    before, after = (torch.cat(pair, dim=-1)[0] for pair in (old, new))
+    stays = (before[:, :, None] == after[:, None]).all(-1)
+    if not stays.any(1).all():
+        raise ModelError(
+            f"The cache of layer {layer} went from {before.shape[1]} to {after.shape[1]} tokens, and what is left was "
+            "changed as well: there is no saying which went. Trace the parts of this sum one by one."
+        )
+    return 1 - stays.any(2).float().mean(0)
 
 
 def _hidden(output: Any) -> Float[Tensor, "1 seq d_model"]:

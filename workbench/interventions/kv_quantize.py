@@ -22,9 +22,7 @@ from workbench.interventions.kv_ops import first_tokens, token_layers
 from workbench.models import ModelError
 
 BITS = (8, 4)
-GROUP = (
-    32  # tokens that share the scale of a key's channel, and new tokens at most in KIVI's full precision; its number
-)
+GROUP = 32  # tokens that share the scale of a key's channel; KIVI's number
 SLACK = 2.0**-10, 1e-7  # more than half precision rounds a number by: relative, and for the smallest
 
 
@@ -151,7 +149,13 @@ class FewBitsLayer(DynamicLayer):
         **kwargs: object,
     ) -> tuple[Float[Tensor, "rows heads all head_dim"], Float[Tensor, "rows heads all value_dim"]]:
         """Append the new tokens and return all: the packed ones rounded."""
-        late = super().update(key_states, value_states)
+        super().update(key_states, value_states)
+        return self.entries
+
+    @property
+    def entries(self) -> tuple[Float[Tensor, "rows heads all head_dim"], Float[Tensor, "rows heads all value_dim"]]:
+        """All keys and values: the packed ones rounded, and those that came later."""
+        late = self.keys, self.values
         if not self.packed:
             return late
         early = (part.unpack().to(tensor.dtype) for part, tensor in zip(self.packed, late, strict=True))

@@ -146,6 +146,7 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": place}, **arguments)
     if four_bit:
         reasons["quantization"] += _share_in_four_bits(model, str(name))
+        _keep_format(model)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -222,6 +223,20 @@ def _share_in_four_bits(model: PreTrainedModel, name: str) -> str:
     small = sum(layer.in_features * layer.out_features for layer in layers)
     share = small / (small + sum(parameter.numel() for parameter in model.parameters()) - packed)
     return f"; that is {share:.0%} of all weights"
+
+
+def _keep_format(model: PreTrainedModel) -> None:
+    """Hold bitsandbytes 0.50 back from repacking 4-bit weights for CPUs with AVX512-BF16 in their first evaluation.
+
+    The kernel for that format passes no gradients on, so that training after an evaluation would be wrong without a
+    word; it rounds by the number of rows, needs widths in multiples of 64 and 32, and quantises the scales anew
+    whenever the state dictionary is read.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _below_head(model: PreTrainedModel) -> PreTrainedModel:

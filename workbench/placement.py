@@ -93,8 +93,6 @@ def choose_quantization(wanted: str | None, config: Any, dtype: torch.dtype, dev
         reason = f"nf4: {size}, more than {SHARE_FOR_WEIGHTS:.0%}; about {small / 1e9:.2f} GB in 4 bits"
     else:
         reason = "nf4: asked for"
-    if device.type == "cpu":
-        _refuse_narrow(layers)
     if any(isinstance(layer, Conv1D) for layer in layers.values()):
         reason += "; Conv1D layers are transposed into 4-bit linear layers"
     return True, f"{reason}; {len(layers)} layers in 4 bits, embeddings and head in {str(dtype).removeprefix('torch.')}"
@@ -142,20 +140,3 @@ def _cached_bytes(lm: "LM") -> int:
         lm.base(input_ids=one, attention_mask=one, past_key_values=cache, use_cache=True)
     stored = [getattr(entry, name, None) for entry in cache.layers for name in ("keys", "values")]
     return max(1, sum(tensor.nbytes for tensor in stored if isinstance(tensor, torch.Tensor)))
-
-
-def _refuse_narrow(layers: dict[str, nn.Module]) -> None:
-    """bitsandbytes 0.50 repacks 4-bit weights on CPUs with AVX512-BF16 in blocks of 64 inputs and 32 outputs."""
-    from bitsandbytes.functional import has_avx512bf16
-
-    if not has_avx512bf16():
-        return
-    for name, layer in layers.items():
-        shape = tuple(layer.get_parameter("weight").shape)
-        wide, high = shape if isinstance(layer, Conv1D) else shape[::-1]
-        if wide % 64 or high % 32:
-            raise ModelError(
-                f"Layer {name} has {wide} inputs and {high} outputs, but bitsandbytes on this CPU (AVX512-BF16) runs "
-                "4-bit layers only with inputs in multiples of 64 and outputs in multiples of 32. Load without "
-                "quantization, or with device='cuda'."
-            )

@@ -1,12 +1,26 @@
 """Read and cut the arguments of a forward pass: where its tokens stand in their texts, and how to run it in parts."""
 
+import inspect
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from workbench.models import ModelError
+from workbench.models import LM, ModelError
+
+
+def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    bound = signature.bind(*args, **kwargs).arguments
+    extra = bound.pop("kwargs", {})
+    return {**bound, **extra}
+
+
+def wants_cache(call: dict[str, Any], lm: LM) -> bool:
+    """Whether a forward fills a cache."""
+    asked = call.get("use_cache")
+    return bool(lm.model.config.get_text_config().use_cache if asked is None else asked)
 
 
 def text_positions(call: dict[str, Any], seen: int, rows: int, width: int) -> Int[Tensor, "rows seq"]:

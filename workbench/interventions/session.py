@@ -20,13 +20,14 @@ from workbench.interventions.adapter import Adapter, activated
 from workbench.interventions.cache_layout import Layout
 from workbench.interventions.cache_plan import CachePlan
 from workbench.interventions.concept import Intervention
-from workbench.interventions.forward import text_positions
+from workbench.interventions.forward import named, text_positions, wants_cache
 from workbench.interventions.gate import ask, gates_of, resolved
 from workbench.interventions.kv import KV, plan_kv
 from workbench.interventions.logits import Companions, Logits
 from workbench.interventions.residual import Residual, plan_residual, span_mask
 from workbench.interventions.rotary import rotary_of
 from workbench.interventions.splitting import dressed, split
+from workbench.interventions.steady import Steady
 from workbench.interventions.weights import Weights, changed
 from workbench.models import LM, ModelError
 
@@ -59,6 +60,8 @@ class Session:
         self.previous: Tensor | None = None
         self.layout: Layout | None = None  # of the cache `laid`, once it was edited
         self.laid: Any = None
+        self.steady: Steady | None = None  # once all prompts have been read
+        self.decoding = False  # whether the forward at hand is a steady one
         self.paused = False
         self.pending = True  # whether the last prompt token of some row, and with it a KV edit, is still to come
         self.exits = ExitStack()
@@ -76,13 +79,15 @@ class Session:
         """These rows' prompts come next, whatever a cache may hold of them already."""
         self.select(rows)
         self.pending, self.previous = True, None
-        self.layout = self.laid = None
+        self.layout = self.laid = self.steady = None
         if self.given is None:
             self.lengths = torch.empty(0, dtype=torch.long)
 
     def select(self, rows: Sequence[int]) -> None:
         """From here on the forward's rows are these rows of the session, in this order."""
         self.selected = torch.tensor(list(rows), device=self.lm.device)
+        if self.steady is not None:
+            self.steady.forget_rows()
         if self.given is not None:
             self.lengths = self.given[self.selected]
 
@@ -140,16 +145,19 @@ class Session:
 
     def detach(self) -> None:
         """Take everything out again."""
-        self.layout = self.laid = None
+        self.layout = self.laid = self.steady = None
         self.exits.close()
 
     def _hook(self, layer: int) -> Any:
         def change(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             plan = self.residual.get(layer)
-            if self.masks is None or plan is None:
-                return output
             hidden = output[0] if isinstance(output, tuple) else output
-            changed = plan.change(hidden, self.masks.to(hidden.device), self.chosen(len(hidden)).to(hidden.device))
+            if self.decoding and self.steady is not None:
+                changed = self.steady.change(layer, hidden)
+            elif self.masks is not None and plan is not None:
+                changed = plan.change(hidden, self.masks.to(hidden.device), self.chosen(len(hidden)).to(hidden.device))
+            else:
+                return output
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return change
@@ -169,7 +177,7 @@ class Session:
 
     def speak(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model's forward, its logits changed by those of other models."""
-        call = _named(inspect.signature(self.spoken), args, kwargs)
+        call = named(inspect.signature(self.spoken), args, kwargs)
         past = call.get("past_key_values")
         seen = past.get_seq_length() if past is not None else 0  # before the forward fills it
         output = self.spoken(**call)
@@ -179,13 +187,15 @@ class Session:
         """The base model's forward, under the interventions in force here."""
         if self.paused:
             return self.original(*args, **kwargs)
-        call = _named(self.signature, args, kwargs)
+        call = named(self.signature, args, kwargs) if args else kwargs
         tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         past = call.get("past_key_values")
+        if self.steady is not None and self.steady.holds(past, tokens.shape[1]):
+            return self._decode(self.steady, call, len(tokens))
         seen = past.get_seq_length() if past is not None else 0  # not `if past`: an empty cache is falsy
         if self.layout is not None and past is self.laid:
             seen -= self.layout.added
-        cached = past is not None or _wants_cache(call, self.lm)
+        cached = past is not None or wants_cache(call, self.lm)
         text = text_positions(call, seen, *tokens.shape[:2]).to(tokens.device)
         begins = self._note_prompt(call, text, seen, cached)
         if self.gates and begins:
@@ -195,10 +205,32 @@ class Session:
             if begins:
                 self.layout = self.laid = None
             if (self.kv or self.edits) and (self.pending or not cached):
-                return split(self, call, text, seen, cached)
-            return self.run(dressed(self, call, len(text), seen), text)
+                output = split(self, call, text, seen, cached)
+            else:
+                output = self.run(dressed(self, call, len(text), seen), text)
         finally:
             self.masks = None
+        if cached and not self.edits and not torch.compiler.is_compiling():
+            self._settle(past if past is not None else output.past_key_values, text, seen)
+        return output
+
+    def _settle(self, cache: Any, text: Int[Tensor, "rows seq"], seen: Any) -> None:
+        """From here on decoding is steady, if all prompts have ended and no row differs from token to token."""
+        self.steady = None
+        if all(plan.removals is None for plan in self.residual.values()) and isinstance(seen, int):
+            steady = Steady.after(cache, seen + text.shape[1], self.spans)
+            if steady is not None and bool((text.amax(1) >= self.lengths - 1).all()):
+                self.steady = steady
+
+    def _decode(self, steady: Steady, call: dict[str, Any], count: int) -> Any:
+        """One new token a row behind prompts that have all ended."""
+        if steady.count != count:
+            steady.prepare(self.residual, self.chosen(count))
+        self.decoding = True
+        try:
+            return self.original(**call)
+        finally:
+            self.decoding = False
 
     def run(self, call: dict[str, Any], text: Int[Tensor, "rows seq"]) -> Any:
         """The forward that was there before, with the residual interventions at these positions."""
@@ -280,15 +312,3 @@ def _common(parts: Sequence[Sequence[Intervention]]) -> list[Adapter | Weights]:
             "groups of their own."
         )
     return for_all_rows(parts[0]) if parts else []
-
-
-def _named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
-    bound = signature.bind(*args, **kwargs).arguments
-    extra = bound.pop("kwargs", {})
-    return {**bound, **extra}
-
-
-def _wants_cache(call: dict[str, Any], lm: LM) -> bool:
-    asked = call.get("use_cache")
-    return bool(lm.model.config.get_text_config().use_cache if asked is None else asked)

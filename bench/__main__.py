@@ -1,7 +1,8 @@
 """`make bench`: how many times faster the workbench is than other code that does the same work, with equal results.
 
 Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
-extraction beside other libraries (installed by `make outside`), and what steering costs a token.
+extraction beside other libraries (installed by `make outside`), what steering costs a token; and, on a GPU, steered
+decoding with a static cache on models of real shapes.
 """
 
 import argparse
@@ -14,11 +15,11 @@ import torch
 import transformers
 
 import workbench as wb
-from bench import extraction, generation, steering
+from bench import extraction, generation, static, steering
 from workbench.report.tables import format_table
 
 Lines = list[dict[str, Any]]
-PARTS = ("generation", "grid", "evaluation", "extraction", "steering")
+PARTS = ("generation", "grid", "evaluation", "extraction", "steering", "static")
 
 
 def machine() -> str:
@@ -56,9 +57,12 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "evaluation": lambda: generation.evaluation(lm, task, n, limit, repeats),
         "extraction": lambda: extraction.lines(lm, task, options.pairs, repeats),
         "steering": lambda: steering.lines(lm, task, n, repeats),
+        "static": lambda: static.lines(lm.tokenizer),
     }
     for name in PARTS:
-        if name in options.only:
+        if name == "static" and not torch.cuda.is_available():
+            print("\nstatic: left out, it needs a GPU")
+        elif name in options.only:
             print(f"\n{name}\n{format_table(parts[name]())}", flush=True)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import steering
+from bench import static, steering
 from bench.__main__ import main
 from bench.generation import cells, evaluation, generation
 from tests.tiny import tiny_lm
@@ -30,6 +30,17 @@ def test_steering_by_hand_and_by_the_workbench_decode_the_same(word_problems: Ta
         rows = 4 if "batch 4" in line["what"] else 1
         assert line["same result"].startswith(f"{rows} of {rows} rows as ")
         assert line["verdict"] in ("within", "above", "not resolved")
+
+
+def test_a_static_cache_decodes_the_same_under_steering(word_problems: Task) -> None:
+    lm = tiny_lm("llama")
+    small = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 640,
+    }  # fmt: skip
+    found = static.lines(lm.tokenizer, ("1.7B",), (1, 3), tokens=12, device="cpu", **small)
+    assert [line["same result"] for line in found] == ["1 of 1 rows", "3 of 3 rows"]
+    assert all(line["workbench, ms"] > 0 for line in found)
 
 
 @pytest.mark.parametrize(("low", "high", "said"), [(0.0, 0.01, "within"), (0.03, 0.05, "above"), (0.0, 0.05, "not")])

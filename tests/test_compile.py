@@ -4,12 +4,13 @@ import jaxtyping
 import pytest
 import torch
 from torch import _dynamo
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
 from tests.test_interventions import PROMPTS, cache_edit, vector
 from tests.tiny import tiny_lm
+from workbench.interventions import Residual
 from workbench.interventions.fold import folded
-from workbench.models import LM
+from workbench.models import LM, ModelError
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +59,26 @@ def test_a_folded_vector_is_one_graph() -> None:
         expected = lm.model(ids, use_cache=False).logits
     with folded(lm, x):
         torch.testing.assert_close(whole(lm, ids, use_cache=False), expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_steered_generation_on_a_static_cache_is_one_graph(name: str) -> None:
+    lm = tiny_lm(name)
+    ids = torch.tensor([lm.encode(PROMPTS[0])] * 2)
+    arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 10}
+    compiled = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True  # else transformers compiles on a GPU only
+    residual, edit = vector(lm, 1, "generated"), cache_edit(lm)
+    for x in (residual, vector(lm, 1, "last"), edit, 0.5 * residual + edit, [residual, 0.3 * residual]):
+        expected = [row.token_ids for row in lm.generate([PROMPTS[0]] * 2, x, max_new_tokens=10)]
+        with lm.apply(x):
+            if name == "qwen3" and not isinstance(x, (Residual, list)):
+                with pytest.raises(ModelError, match="brings a prepared one"):
+                    lm.model.generate(ids, cache_implementation="static", **arguments)
+                continue
+            for options in ({}, {"compile_config": compiled}):
+                found = lm.model.generate(ids, cache_implementation="static", **arguments, **options)
+                rows = [
+                    row[: len(wanted)].tolist() for row, wanted in zip(found[:, ids.shape[1] :], expected, strict=True)
+                ]
+                assert rows == expected

@@ -1,6 +1,7 @@
 """Read and cut the arguments of a forward pass: where its tokens stand in their texts, and how to run it in parts."""
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +11,14 @@ from torch import Tensor
 from workbench.models import LM, ModelError
 
 
-def named(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def parameters_of(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of a forward's arguments, in order."""
+    return tuple(inspect.signature(forward).parameters)
+
+
+def named(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of a call by name."""
-    bound = signature.bind(*args, **kwargs).arguments
-    extra = bound.pop("kwargs", {})
-    return {**bound, **extra}
+    return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
 def wants_cache(call: dict[str, Any], lm: LM) -> bool:

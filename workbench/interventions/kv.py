@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from workbench.cache import GrowingLayer, ThinnedSlidingLayer
 from workbench.interventions.concept import Intervention, check_layers, check_origin
@@ -115,7 +115,7 @@ class KVPlan:
 
         places: the last cached tokens' rotary positions.
         """
-        entry = plain_layer(cache, self.layer)
+        entry = plain_layer(cache, self.layer, (*PLAIN, StaticLayer))
         self._check_shapes(entry)
         device = entry.keys.device
         back = LAST_CACHED - self.position
@@ -126,8 +126,10 @@ class KVPlan:
             keys = rotary.turn(keys, (places - back).clamp(min=0).to(device), self.layer)
         for name, change in (("keys", keys), ("values", values)):
             old = getattr(entry, name)
-            column = old.shape[2] - 1 - back
-            if column >= 0:
+            column = _stored(entry) - 1 - back
+            if isinstance(entry, StaticLayer):  # compiled forwards know its tensors by their address
+                old[:, :, column] += change.to(old.dtype)
+            elif column >= 0:
                 token = old[:, :, column : column + 1] + change[:, :, None].to(old.dtype)
                 setattr(entry, name, torch.cat([old[:, :, :column], token, old[:, :, column + 1 :]], dim=2))
 
@@ -143,7 +145,7 @@ class KVPlan:
                 f"A KV edit at position {self.position} needs prompts of {-self.position} tokens; one has "
                 f"{shortest + 2}. Give a longer prompt, or kv.at(position=-2)."
             )
-        stored, seen = entry.keys.shape[2], entry.get_seq_length()
+        stored, seen = _stored(entry), int(entry.get_seq_length())
         if stored != seen and (back >= stored or not isinstance(entry, DynamicSlidingWindowLayer)):
             raise ModelError(
                 f"Layer {self.layer} ({type(entry).__name__}) stores {stored} of {seen} tokens, so that position "
@@ -161,14 +163,19 @@ class KVPlan:
                 )
 
 
-def plain_layer(cache: Any, layer: int) -> DynamicLayer:
+def _stored(entry: DynamicLayer | StaticLayer) -> int:
+    """How many tokens have an entry; a static layer has room for more."""
+    return int(entry.get_seq_length()) if isinstance(entry, StaticLayer) else entry.keys.shape[2]
+
+
+def plain_layer(cache: Any, layer: int, kinds: Sequence[type] = PLAIN) -> DynamicLayer:
     """Layer `layer` of a cache that holds one key and one value a token; anything else is refused by name."""
     if layer >= len(cache.layers):
         raise ModelError(
             f"Layer {layer} has no cache of its own (it shares another layer's keys and values). Choose other layers."
         )
     entry = cache.layers[layer]
-    if type(entry) not in PLAIN:
+    if type(entry) not in kinds:
         raise ModelError(
             f"Layer {layer} keeps a {type(entry).__name__}, not one plain key and value a token, and cannot be edited. "
             "Choose other layers, or leave cache_implementation at its default."

@@ -5,7 +5,6 @@ stands in its own row's text (attention mask, position ids, cache length), so th
 without a cache and with any padding; and it splits a forward in two where a cached token has to be edited in between.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
@@ -20,7 +19,7 @@ from workbench.interventions.adapter import Adapter, activated
 from workbench.interventions.cache_layout import Layout
 from workbench.interventions.cache_plan import CachePlan
 from workbench.interventions.concept import Intervention
-from workbench.interventions.forward import named, text_positions, wants_cache
+from workbench.interventions.forward import named, parameters_of, text_positions, wants_cache
 from workbench.interventions.gate import ask, gates_of, resolved
 from workbench.interventions.kv import KV, plan_kv
 from workbench.interventions.logits import Companions, Logits
@@ -124,7 +123,7 @@ class Session:
         if self.empty:
             return
         self.original = self._wrap(self.lm.base, self.forward)
-        self.signature = inspect.signature(self.original)
+        self.names = parameters_of(self.original)
         for layer in self.hooked:
             handle = self.lm.blocks[layer].register_forward_hook(self._hook(layer), prepend=True)
             self.exits.callback(handle.remove)
@@ -177,7 +176,7 @@ class Session:
 
     def speak(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model's forward, its logits changed by those of other models."""
-        call = named(inspect.signature(self.spoken), args, kwargs)
+        call = named(parameters_of(self.spoken), args, kwargs)
         past = call.get("past_key_values")
         seen = past.get_seq_length() if past is not None else 0  # before the forward fills it
         output = self.spoken(**call)
@@ -187,7 +186,7 @@ class Session:
         """The base model's forward, under the interventions in force here."""
         if self.paused:
             return self.original(*args, **kwargs)
-        call = named(self.signature, args, kwargs) if args else kwargs
+        call = named(self.names, args, kwargs) if args else kwargs
         tokens = call["input_ids"] if call.get("input_ids") is not None else call["inputs_embeds"]
         past = call.get("past_key_values")
         if self.steady is not None and self.steady.holds(past, tokens.shape[1]):

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import ref
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -55,7 +56,10 @@ class Steady:
     def holds(self, cache: Any, width: int) -> bool:
         """Whether a forward brings one new token a row behind these prompts; a cache that was cropped does not."""
         known: Any = self.cache()
-        return width == 1 and known is not None and known is cache and known.get_seq_length() >= self.columns
+        if width != 1 or known is None or known is not cache:
+            return False
+        # a compiled step can't branch on how full a static cache is
+        return torch.compiler.is_compiling() or bool(known.get_seq_length() >= self.columns)
 
     def forget_rows(self) -> None:
         """Other rows come next."""

@@ -223,8 +223,12 @@ def test_damaged_stages_are_redone_with_equal_results_and_the_others_kept(home: 
 def test_a_failed_run_keeps_what_is_done_and_says_where_it_failed(home: Path) -> None:
     second = home / "notebooks" / "01_second.ipynb"
     write_notebook(second, [SETUP.format(stage="01_second"), "x = 1\nraise KeyError('lost')", FINISH])
+    half = home / "run" / ".run" / "01_second" / ".partial.ipynb.1-2-3.tmp"
+    half.parent.mkdir(parents=True, exist_ok=True)
+    half.write_text("half a noteb", encoding="utf-8")  # as a killed run leaves it
     with pytest.raises(runs.RunFailed, match="01_second failed in cell 4: KeyError") as caught:
         again(home)
+    assert not half.exists()
     assert "raise KeyError" in caught.value.failure.source
     found = states(home / "run")
     assert (found["00_first"], found["01_second"]) == ("completed", "failed")

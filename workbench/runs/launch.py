@@ -62,8 +62,8 @@ def launch(
 ) -> Outcome:
     """Execute a notebook's content in a child process; the executed notebook lands in the stage's folder."""
     work = folder / ".run" / stage
-    for name in ("outcome.json", "heartbeat.json", "partial.ipynb"):
-        (work / name).unlink(missing_ok=True)
+    for old in (*(work / name for name in ("outcome.json", "heartbeat.json", "partial.ipynb")), *work.glob(".*.tmp")):
+        old.unlink(missing_ok=True)
     scratch = tempfile.mkdtemp(prefix="workbench-")
     job = {"parameters": dict(parameters), "parent": os.getpid(), "cwd": str(Path.cwd()), "scratch": scratch}
     write_atomic(work / "job.json", to_json(job))

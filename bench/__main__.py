@@ -55,7 +55,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "generation": lambda: generation.generation(lm, task, n, limit, repeats),
         "grid": lambda: generation.cells(lm, task, n, limit, repeats),
         "evaluation": lambda: generation.evaluation(lm, task, n, limit, repeats),
-        "extraction": lambda: extraction.lines(lm, task, options.pairs, repeats),
+        "extraction": lambda: extraction.lines(lm, task, options.pairs, max(1, repeats // 3)),  # minutes each
         "steering": lambda: steering.lines(lm, task, n, repeats),
         "static": lambda: static.lines(lm.tokenizer),
     }

@@ -18,6 +18,7 @@ import torch
 from tests.test_adapter import make_adapter
 from tests.test_cache_edits import block_of
 from tests.test_interventions import PAIRS, assert_same, fingerprint
+from tests.test_low_rank import low_rank
 from tests.test_trained import SFT
 from tests.tiny import FAMILIES, greedy, make_tiny
 from workbench.interventions import (
@@ -94,6 +95,7 @@ KINDS: dict[str, Callable[[LM, LM, Path], Intervention]] = {
     "ablate": lambda lm, other, folder: residual(lm).ablate(),
     "clamp": lambda lm, other, folder: residual(lm, "last").clamp(1.5),
     "fold": lambda lm, other, folder: residual(lm),
+    "low rank": lambda lm, other, folder: low_rank(lm, "generated"),
     "gate": lambda lm, other, folder: gated(lm),
     "KV add": lambda lm, other, folder: edit(lm),
     "scale": lambda lm, other, folder: ScaleTokens(slice(-5, None), keys=0.5, values=-3.0),

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import tiny_lm
 from workbench.interventions import Intervention, Residual, load_intervention
-from workbench.interventions.residual import Positions, plan_residual, span_mask
+from workbench.interventions.residual import Positions, span_mask
+from workbench.interventions.residual_plan import plan_residual
 
 WIDTH = 64
 VECTORS = [torch.randn(WIDTH, generator=torch.Generator().manual_seed(number)) for number in range(3)]

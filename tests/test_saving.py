@@ -241,7 +241,7 @@ def without_vectors(header: dict, tensors: dict) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed, "kind 'telepathy', which this version does not know. It knows: residual, kv"),
+        (renamed, "kind 'telepathy', which this version does not know. It knows: residual, low_rank, kv"),
         (newer, r"written by a newer version of this package \(format 2; this one reads up to 1\).*Update"),
         (foreign, "not an intervention"),
         (missing, r"names a tensor '0\.vectors\.1' of shape \[64\]; the file has none of that name"),
@@ -300,7 +300,7 @@ def test_another_models_name_is_refused_where_no_revision_is_known(tmp_path: Pat
 
 
 def test_what_a_file_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ModelError, match=r"A Holder cannot be saved\. Kinds that can be: residual, kv"):
+    with pytest.raises(ModelError, match=r"A Holder cannot be saved\. Kinds that can be: residual, low_rank, kv"):
         Holder().save(tmp_path / "x.safetensors")
     monkeypatch.setitem(files_module.KINDS, "holder", Holder)
     with pytest.raises(ModelError, match="cannot hold an object of type set"):

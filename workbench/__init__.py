@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         DropTokens,
         Intervention,
         Logits,
+        LowRank,
         QuantizeCache,
         ReplaceTokens,
         Residual,
@@ -56,6 +57,7 @@ _HOMES = {
         "DropTokens",
         "Intervention",
         "Logits",
+        "LowRank",
         "QuantizeCache",
         "ReplaceTokens",
         "Residual",
@@ -84,13 +86,13 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
 
 __all__ = [
-    "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "ModelError",
-    "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock", "Strategy", "Task",
-    "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget", "contrast", "damage",
-    "evaluate", "extract", "few_shot", "finetune", "fit_gate", "head_attribution", "heads_writing", "instruction",
-    "isolate", "load_data", "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "plots",
-    "project_out", "random_like", "read_pairs", "report", "runs", "statistics", "synthesize", "task_names", "trace",
-    "train_vector",
+    "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "LowRank",
+    "ModelError", "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock",
+    "Strategy", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget", "contrast",
+    "damage", "evaluate", "extract", "few_shot", "finetune", "fit_gate", "head_attribution", "heads_writing",
+    "instruction", "isolate", "load_data", "load_intervention", "load_model", "load_results", "load_task",
+    "logit_lens", "plots", "project_out", "random_like", "read_pairs", "report", "runs", "statistics", "synthesize",
+    "task_names", "trace", "train_vector",
 ]  # fmt: skip
 
 

@@ -18,14 +18,14 @@ import pandas as pd
 from workbench.divergence import WORST, PlainAnswers, damage, damage_beside
 from workbench.files import content_key
 from workbench.grid import grid
-from workbench.interventions import KV, Intervention, Residual, random_like
+from workbench.interventions import KV, Intervention, LowRank, Residual, random_like
 from workbench.models import LM, ModelError
 from workbench.tasks import Task
 
 LADDER = (1 / 16, 1 / 4, 1.0, 4.0)  # strengths of the first evaluation, where rows may differ in strength
 TOLERANCE = 0.05  # relative distance from the budget that counts as there
 NOISE = 1e-6  # nats; float32 rounding of two equal models stays below
-ROWS = (Residual, KV)  # kinds whose strength may differ from row to row of one forward
+ROWS = (Residual, LowRank, KV)  # kinds whose strength may differ from row to row of one forward
 __all__ = ["Calibrated", "behaviour_and_damage", "calibrate", "compare_at_budget", "damage"]
 
 

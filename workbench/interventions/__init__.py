@@ -1,6 +1,6 @@
 """Interventions: changes inside a model while it runs, as values that can be scaled, added, saved and applied.
 
-`Residual` changes the residual stream, `KV` adds to the cached prompt once, `DropTokens`, `ScaleTokens`,
+`Residual` and `LowRank` change the residual stream, `KV` adds to the cached prompt once, `DropTokens`, `ScaleTokens`,
 `ReplaceTokens`, `SpliceBlock`, `CompressCache` and `QuantizeCache` edit it otherwise, `Adapter` puts a LoRA adapter on,
 `Weights` edits weights, `Logits` adds what other models say; `x.when(gate)` acts on the rows that a gate lets through.
 What the kinds share is in `concept`, how they reach a forward pass in `session`.
@@ -24,6 +24,7 @@ from workbench.interventions.files import load_intervention
 from workbench.interventions.gate import Conditional, Gate, fit_gate
 from workbench.interventions.kv import KV
 from workbench.interventions.logits import Logits
+from workbench.interventions.low_rank import LowRank
 from workbench.interventions.reading import Reading, read_pairs
 from workbench.interventions.residual import Positions, Residual
 from workbench.interventions.session import Session, inherit
@@ -40,6 +41,7 @@ __all__ = [
     "Gate",
     "Intervention",
     "Logits",
+    "LowRank",
     "Positions",
     "QuantizeCache",
     "Reading",

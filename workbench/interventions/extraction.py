@@ -13,6 +13,7 @@ from torch import Tensor
 
 from workbench.interventions.concept import Intervention, Sum
 from workbench.interventions.kv import KV
+from workbench.interventions.low_rank import LowRank
 from workbench.interventions.probes import METHODS
 from workbench.interventions.reading import Pairs, read_texts
 from workbench.interventions.residual import Residual
@@ -69,6 +70,9 @@ def random_like(x: Intervention, seed: int = 0) -> Intervention:
 
     if isinstance(x, Residual):
         return replace(x, vectors={layer: like(vector) for layer, vector in x.vectors.items()})
+    if isinstance(x, LowRank):
+        down, up = ({layer: like(part) for layer, part in side.items()} for side in (x.down, x.up))
+        return replace(x, down=down, up=up)
     if isinstance(x, KV):
         keys = {layer: like(tensor) for layer, tensor in x.keys.items()}
         return replace(x, keys=keys, values={layer: like(tensor) for layer, tensor in x.values.items()})
@@ -76,4 +80,6 @@ def random_like(x: Intervention, seed: int = 0) -> Intervention:
         return x.random(seed)
     if isinstance(x, Sum):
         return Sum(tuple(random_like(part, seed + number) for number, part in enumerate(x.members)))
-    raise ModelError(f"There is no random {type(x).__name__}; use a Residual, a KV, a Weights or a sum of them.")
+    raise ModelError(
+        f"There is no random {type(x).__name__}; use a Residual, a LowRank, a KV, a Weights or a sum of them."
+    )

@@ -28,6 +28,7 @@ from workbench.interventions.gate import Conditional, Gate
 from workbench.interventions.kv import KV
 from workbench.interventions.kv_blocks import Block
 from workbench.interventions.logits import Logits
+from workbench.interventions.low_rank import LowRank
 from workbench.interventions.residual import Residual
 from workbench.interventions.weights import Weights
 from workbench.models import LM, ModelError, load_model
@@ -35,6 +36,7 @@ from workbench.models import LM, ModelError, load_model
 FORMAT, VERSION = "workbench-intervention-", 1
 KINDS: dict[str, type[Any]] = {
     "residual": Residual,
+    "low_rank": LowRank,
     "kv": KV,
     "adapter": Adapter,
     "logits": Logits,

@@ -19,6 +19,7 @@ from workbench.interventions.cache_edits import CacheEdit
 from workbench.interventions.concept import Intervention, check_layers, check_origin
 from workbench.interventions.heads import unsteered
 from workbench.interventions.kv import KV
+from workbench.interventions.low_rank import LowRank
 from workbench.interventions.residual import Residual
 from workbench.models import LM, ModelError
 
@@ -72,7 +73,7 @@ class Conditional(Intervention):
     gate: Gate
 
     def __post_init__(self) -> None:
-        wrong = [part for part in self.inner.parts if not isinstance(part, Residual | KV | CacheEdit)]
+        wrong = [part for part in self.inner.parts if not isinstance(part, Residual | LowRank | KV | CacheEdit)]
         if wrong:
             raise ModelError(
                 f"A gate decides row by row, which a {type(wrong[0]).__name__} can't follow. Gate residual vectors and "

@@ -23,7 +23,9 @@ from workbench.interventions.forward import named, parameters_of, text_positions
 from workbench.interventions.gate import ask, gates_of, resolved
 from workbench.interventions.kv import KV, plan_kv
 from workbench.interventions.logits import Companions, Logits
-from workbench.interventions.residual import Residual, plan_residual, span_mask
+from workbench.interventions.low_rank import LowRank
+from workbench.interventions.residual import Residual, span_mask
+from workbench.interventions.residual_plan import plan_residual
 from workbench.interventions.rotary import rotary_of
 from workbench.interventions.splitting import dressed, split
 from workbench.interventions.steady import Steady
@@ -68,7 +70,7 @@ class Session:
     def _plan(self, parts: Sequence[Sequence[Intervention]]) -> None:
         """Tensors for these rows; `planned` says how many there are."""
         self.planned = len(parts)
-        residuals = [[part for part in row if isinstance(part, Residual)] for row in parts]
+        residuals = [[part for part in row if isinstance(part, Residual | LowRank)] for row in parts]
         self.residual, self.spans = plan_residual(residuals, self.lm)
         self.kv = plan_kv([[part for part in row if isinstance(part, KV)] for row in parts], self.lm)
         self.edits = CachePlan(parts, self.lm)
@@ -216,7 +218,7 @@ class Session:
     def _settle(self, cache: Any, text: Int[Tensor, "rows seq"], seen: Any) -> None:
         """From here on decoding is steady, if all prompts have ended and no row differs from token to token."""
         self.steady = None
-        if all(plan.removals is None for plan in self.residual.values()) and isinstance(seen, int):
+        if all(plan.constant for plan in self.residual.values()) and isinstance(seen, int):
             steady = Steady.after(cache, seen + text.shape[1], self.spans)
             if steady is not None and bool((text.amax(1) >= self.lengths - 1).all()):
                 self.steady = steady

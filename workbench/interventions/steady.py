@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.interventions.residual import Positions, ResidualPlan
+from workbench.interventions.residual import Positions
+from workbench.interventions.residual_plan import ResidualPlan
 
 
 def behind_prompt(positions: Positions) -> bool | None:

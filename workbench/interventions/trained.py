@@ -1,7 +1,7 @@
-"""Train one vector a layer through a frozen model, from answers (SFT) or from preferred answers (BiPO).
+"""Train one vector a layer, or a map of low rank, through a frozen model: from answers (SFT) or preferred ones (BiPO).
 
 An alternative to reading directions out of contrastive pairs: what is fitted is the likelihood of whole answers. Only
-the vectors get gradients. Not covered: adapters and weights, which `finetuning` trains.
+they get gradients. Not covered: adapters and weights, which `finetuning` trains.
 Source of the preference loss: Cao et al. 2024, bi-directional preference optimisation, arXiv 2406.00045. Its authors
 add the vector at all positions, prompt included (positions="all"), and train with AdamW's decay and a cosine schedule.
 """
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from workbench.files import content_key
 from workbench.interventions.concept import check_layers
+from workbench.interventions.low_rank import LowRank
 from workbench.interventions.residual import Positions, Residual, normal_positions, span_mask
 from workbench.interventions.session import ACTIVE
 from workbench.models import LM, ModelError, end_tokens, takes_last_only
@@ -39,6 +40,7 @@ def train_vector(
     records: Sequence[dict[str, Any]],
     layers: Iterable[int] | int,
     *,
+    rank: int | None = None,
     positions: Positions = "generated",
     loss: str = "sft",
     steps: int = 100,
@@ -46,9 +48,10 @@ def train_vector(
     batch_size: int = 8,
     seed: int = 0,
     progress: Callable[[int, float], None] | None = None,
-) -> Residual:
+) -> Residual | LowRank:
     """Vectors that make the records' answers likelier when added at `positions` after each of `layers`, strength 1.
 
+    rank: None for one vector a layer; else a map of that rank a layer (`LowRank`), which also reads the state.
     records: loss "sft": `messages` that end in an assistant answer. "preference": `messages` that end in a question,
     and texts `chosen` and `rejected`; each step adds the vector or takes it away, drawn by lot, and wants the one to
     raise chosen over rejected as much as the other lowers it.
@@ -58,30 +61,43 @@ def train_vector(
     """
     chosen = [layers] if isinstance(layers, int) else sorted(set(layers))
     check_layers(chosen, lm)
-    if loss not in LOSSES or min(steps, batch_size, len(records), len(chosen)) < 1:
+    if loss not in LOSSES or min(steps, batch_size, len(records), len(chosen), 1 if rank is None else rank) < 1:
         raise ModelError(
-            f"loss={loss!r}, steps={steps}, batch_size={batch_size}, layers={chosen}, {len(records)} records: loss is "
-            f"one of {', '.join(LOSSES)}; at least one step, row a batch, layer and record are needed."
+            f"loss={loss!r}, rank={rank}, steps={steps}, batch_size={batch_size}, layers={chosen}, {len(records)} "
+            f"records: loss is one of {', '.join(LOSSES)}; at least one step, row a batch, layer and record are "
+            "needed, and a rank of at least 1."
         )
     _refuse_blocks(lm)
     data = [_answers(lm, record, loss) for record in records]
-    vectors = {layer: _zero(lm, layer) for layer in chosen}
+    changes = {layer: _Trained(lm, layer, rank, seed) for layer in chosen}
+    fitted = [parameter for change in changes.values() for parameter in change.parameters()]
     before = _unsteered(lm, data, batch_size) if loss == "preference" else None
-    optimizer, draw = torch.optim.Adam(vectors.values(), lr=learning_rate), Random(seed)
+    optimizer, draw = torch.optim.Adam(fitted, lr=learning_rate), Random(seed)
     for step, numbers in enumerate(_drawn(len(data), batch_size, steps, draw), 1):
         sign = 1.0 if before is None else draw.choice((-1.0, 1.0))
         rows = [row for side in zip(*(data[number] for number in numbers), strict=True) for row in side]
-        with torch.enable_grad(), _added(lm, vectors, normal_positions(positions), rows, sign):
+        with torch.enable_grad(), _added(lm, changes, normal_positions(positions), rows, sign):
             value = _loss(log_likelihood(lm, rows), rows, sign, None if before is None else before[numbers])
-            gradients = torch.autograd.grad(value, list(vectors.values()))
-        _step(optimizer, vectors, gradients)
+            gradients = torch.autograd.grad(value, fitted)
+        _step(optimizer, fitted, gradients)
         if progress is not None:
             progress(step, value.item())
-    found = {layer: vector.detach().cpu() for layer, vector in vectors.items()}
     details = {"method": f"trained, {loss}", "records": str(len(data)), "steps": str(steps), "seed": str(seed)}
+    details |= {} if rank is None else {"rank": str(rank)}
     texts = [[[row.prompt, row.answer] for row in sides] for sides in data]
     details["data_sha256"] = content_key(loss=loss, records=texts)
-    return Residual(found, positions, model=lm.name, revision=lm.revision, details=details)
+    return _made(changes, rank, {"positions": positions, "model": lm.name, "revision": lm.revision, "details": details})
+
+
+def _made(changes: "dict[int, _Trained]", rank: int | None, origin: dict[str, Any]) -> Residual | LowRank:
+    """What was fitted, as an intervention."""
+
+    def parts(name: str) -> dict[int, Tensor]:
+        return {layer: getattr(change, name).detach().cpu() for layer, change in changes.items()}
+
+    if rank is None:
+        return Residual({layer: part[0] for layer, part in parts("up").items()}, **origin)
+    return LowRank(parts("down"), parts("bias"), parts("up"), **origin)
 
 
 def _refuse_blocks(lm: LM) -> None:
@@ -94,9 +110,27 @@ def _refuse_blocks(lm: LM) -> None:
             )
 
 
-def _step(optimizer: torch.optim.Optimizer, vectors: dict[int, nn.Parameter], gradients: Sequence[Tensor]) -> None:
-    for vector, gradient in zip(vectors.values(), gradients, strict=True):
-        vector.grad = gradient
+class _Trained(nn.Module):
+    """What is fitted in one layer; it begins as no change. Without a rank, `up` alone: one vector."""
+
+    def __init__(self, lm: LM, layer: int, rank: int | None, seed: int) -> None:
+        super().__init__()
+        place, size = next(lm.blocks[layer].parameters()).device, (rank or 1, lm.d_model)
+        self.up = nn.Parameter(torch.zeros(size, device=place))
+        self.vector = rank is None
+        if rank is not None:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + layer)
+            self.down = nn.Parameter((torch.randn(size, generator=generator) / lm.d_model).to(place))
+            self.bias = nn.Parameter(torch.zeros(rank, device=place))
+
+    def forward(self, hidden: Float[Tensor, "rows seq d_model"]) -> Float[Tensor, "... d_model"]:
+        """What is added to these states."""
+        return self.up[0] if self.vector else (hidden.float() @ self.down.T + self.bias) @ self.up
+
+
+def _step(optimizer: torch.optim.Optimizer, fitted: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    for parameter, gradient in zip(fitted, gradients, strict=True):
+        parameter.grad = gradient
     optimizer.step()
 
 
@@ -140,10 +174,6 @@ def log_likelihood(lm: LM, rows: Sequence[Answered]) -> Float[Tensor, " rows"]:
     return (each * answers[:, first + 1 :]).sum(1)
 
 
-def _zero(lm: LM, layer: int) -> nn.Parameter:
-    return nn.Parameter(torch.zeros(lm.d_model, device=next(lm.blocks[layer].parameters()).device))
-
-
 def _answers(lm: LM, record: dict[str, Any], loss: str) -> list[Answered]:
     """The answer of a record, or the preferred and the rejected one."""
     turns: list[dict[str, str]] = record.get("messages") or [{}]
@@ -170,23 +200,23 @@ def _unsteered(lm: LM, data: Sequence[list[Answered]], batch_size: int) -> Float
 
 @contextmanager
 def _added(
-    lm: LM, vectors: dict[int, nn.Parameter], span: Positions, rows: Sequence[Answered], sign: float
+    lm: LM, changes: dict[int, _Trained], span: Positions, rows: Sequence[Answered], sign: float
 ) -> Iterator[None]:
-    """Add the vectors at the rows' own positions, in a way that gradients go through."""
+    """Make the changes at the rows' own positions, in a way that gradients go through."""
     lengths = torch.tensor([len(row.prompt) + len(row.answer) for row in rows])
     text = torch.arange(int(lengths.max())).expand(len(rows), -1)
     text = text.masked_fill(text >= lengths[:, None], -1)
     amount = sign * span_mask(span, text, torch.tensor([len(row.prompt) for row in rows]))[..., None].float()
 
-    def hook(vector: nn.Parameter) -> Callable[..., Any]:
+    def hook(change: _Trained) -> Callable[..., Any]:
         def add(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
-            changed = hidden + (amount.to(vector.device) * vector).to(hidden.dtype)
+            changed = hidden + (amount.to(hidden.device) * change(hidden)).to(hidden.dtype)
             return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
         return add
 
-    handles = [lm.blocks[layer].register_forward_hook(hook(vector)) for layer, vector in vectors.items()]
+    handles = [lm.blocks[layer].register_forward_hook(hook(change)) for layer, change in changes.items()]
     try:
         yield
     finally:

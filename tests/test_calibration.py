@@ -11,6 +11,7 @@ import torch
 
 from tests.test_adapter import make_adapter
 from tests.test_interventions import PROMPTS, assert_same, cache_edit, fingerprint, vector
+from tests.test_low_rank import low_rank
 from tests.tiny import greedy, make_tiny, tiny_lm
 from workbench.calibration import (
     Calibrated,
@@ -22,7 +23,20 @@ from workbench.calibration import (
     damage,
 )
 from workbench.grid import grid
-from workbench.interventions import Intervention, Residual, extract, load_intervention
+from workbench.interventions import (
+    CompressCache,
+    DropTokens,
+    Gate,
+    Intervention,
+    Logits,
+    QuantizeCache,
+    Residual,
+    ScaleTokens,
+    extract,
+    load_intervention,
+    project_out,
+)
+from workbench.interventions.gate import last_states
 from workbench.models import LM, ModelError, load_model
 from workbench.prompts import contrast
 from workbench.tasks import Task
@@ -294,3 +308,35 @@ def test_the_test_split_is_refused(lab: LM, word_problems: Task) -> None:
         compare_at_budget(lab, word_problems, {"x": Residual({0: torch.ones(256)})}, split="test")
     with pytest.raises(ValueError, match="0 candidates"):
         compare_at_budget(lab, word_problems, {})
+
+
+def other_kinds(lm: LM, folder: Path) -> dict[str, Intervention]:
+    other = load_model(make_tiny("llama", folder / "other", seed=3))
+    states = last_states(lm, PROMPTS, [1])[1]
+    gate = Gate(states[0] - states[1], states.mean(0), 1, 0.0, "cosine", lm.name, lm.revision)
+    return {
+        "low rank": low_rank(lm, "generated"),
+        "clamp": vector(lm, 1, "generated").clamp(1.0),
+        "gate": vector(lm, 1, "generated").when(gate),
+        "scale": ScaleTokens(slice(-5, None), values=-1.0),
+        "weights": project_out(lm, vector(lm, 1), [(1, 0), (1, 1)]),
+        "logits": Logits(expert=other),
+    }
+
+
+@pytest.mark.parametrize("kind", ["low rank", "clamp", "gate", "scale", "weights", "logits"])
+def test_every_kind_with_a_strength_is_brought_to_a_budget(kind: str, tmp_path: Path) -> None:
+    lm = tiny_lm("llama")
+    x = other_kinds(lm, tmp_path)[kind]
+    found, _ = counted(lm, x, budget=0.05)
+    assert found.evaluations <= 6
+    reached = np.percentile(np.concatenate(slow_kl(lm, found.intervention)), 95)
+    assert found.kl == pytest.approx(reached, rel=1e-2)
+    assert found.converged
+    assert reached == pytest.approx(0.05, rel=0.1)
+
+
+@pytest.mark.parametrize("x", [DropTokens((1,)), CompressCache(0.5), QuantizeCache(4)], ids=lambda x: type(x).__name__)
+def test_what_is_done_or_not_done_has_no_strength_to_search(x: Intervention) -> None:
+    with pytest.raises(ModelError, match="is done or not done"):
+        calibrate(tiny_lm("llama"), x, PROMPTS, max_new_tokens=NEW)

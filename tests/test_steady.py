@@ -66,3 +66,10 @@ def test_a_cropped_cache_reads_the_prompt_again() -> None:
         torch.testing.assert_close(forward(lm, [ids], other)[0, -1], first)  # another cache begins anew
     for one, two in zip(later, again, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_forwards_that_return_tuples_are_steered_too() -> None:
+    lm = tiny_lm("llama")
+    ids = torch.tensor([lm.encode(PROMPTS[0])])
+    with lm.apply(vector(lm, 1, "last")), torch.no_grad():
+        torch.testing.assert_close(lm.model(ids, return_dict=False)[0], lm.model(ids).logits)

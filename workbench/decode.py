@@ -84,9 +84,8 @@ def decode(lm: LM, session: Session, rows: Sequence[Row], decoding: Decoding) ->
     chooser = _Chooser(lm, rows, decoding)
     state, shared = _start(lm, session, rows)
     extra = {"logits_to_keep": 1} if takes_last_only(lm) else {}
-    passes = (
-        1 + shared + bool(session.kv or session.edits) + bool(session.gates)
-    )  # a KV edit runs the prompt in two parts
+    # an edit of the cache runs the prompt in two parts
+    passes = 1 + shared + bool(session.kv or session.edits) + bool(session.gates)
     running = list(rows)
     for step in range(decoding.max_new_tokens):
         output = lm.model(

@@ -51,9 +51,7 @@ class Session:
         self.parts, self.gates = parts, gates_of(parts)
         self._plan([resolved(row, dict.fromkeys(self.gates, True)) for row in parts])
         self.hooked = list(self.residual)
-        self.empty = (
-            not self.residual and not self.kv and not self.edits
-        )  # nothing below the head: adapters and logits alone
+        self.empty = not (self.residual or self.kv or self.edits)  # nothing below the head: adapters and logits alone
         self.given = None if lengths is None else torch.tensor(list(lengths), device=lm.device)
         self.lengths = torch.empty(0, dtype=torch.long) if self.given is None else self.given
         self.selected: Tensor | None = None
@@ -212,7 +210,7 @@ class Session:
         finally:
             self.masks = None
         if cached and not self.edits and not torch.compiler.is_compiling():
-            self._settle(past if past is not None else output.past_key_values, text, seen)
+            self._settle(past if past is not None else getattr(output, "past_key_values", None), text, seen)
         return output
 
     def _settle(self, cache: Any, text: Int[Tensor, "rows seq"], seen: Any) -> None:

@@ -17,6 +17,7 @@ from workbench.interventions.kv_blocks import prefix_of, splice, take
 from workbench.interventions.kv_compress import SCORES, compress
 from workbench.interventions.kv_layers import describe_cache, placement
 from workbench.interventions.kv_ops import drop, mask_after_drop, replace, scale
+from workbench.interventions.kv_quantize import quantize
 from workbench.interventions.kv_queries import watch_queries
 from workbench.interventions.rotary import rotary_of
 from workbench.models import LM, ModelError, load_model
@@ -599,6 +600,7 @@ def test_describe_cache_says_what_can_be_done(family: str) -> None:
     for name, act in (
         ("drop", lambda: drop(filled(lm, "abcdefgh"), [1])),
         ("compress", lambda: compress(filled(lm, "abcdefgh"), 3)),
+        ("quantize", lambda: quantize(filled(lm, "abcdefgh"), 8)),
         ("splice", lambda: splice(filled(lm, "abcdefgh"), block or take(filled(lm, "abc"), 0, 3, lm), lm)),
     ):
         try:

@@ -42,7 +42,7 @@ def placement(lm: LM) -> Placement:
 
 
 def describe_cache(lm: LM) -> pd.DataFrame:
-    """One row a layer: what it caches, and which operations of `KV`, `kv_ops`, `kv_blocks` and `kv_compress` it allows.
+    """One row a layer: what it caches, and which operations it allows (`KV`, `kv_ops`, `kv_blocks`, ...).
 
     cache: plain, sliding, linear, shared (uses the entries of the layer in `shared_with`), none, or the type's name.
     window: tokens that a sliding layer sees; kv_heads, head_dim: of its keys; rotated: whether keys carry a rotary
@@ -65,7 +65,7 @@ def describe_cache(lm: LM) -> pd.DataFrame:
     for row in rows:
         row["drop"] = row["add"] and whole and not chunked
         row["splice"] = row["add"] and whole and not where.fixed
-        row["compress"] = row["add"] and whole and row["cache"] != "sliding"
+        row["compress"] = row["quantize"] = row["add"] and whole and row["cache"] != "sliding"
     return pd.DataFrame(rows).astype(dict.fromkeys(("window", "shared_with", "kv_heads", "head_dim"), "Int64"))
 
 

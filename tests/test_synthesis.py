@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from workbench.files import sha256
 from workbench.lab.families import FAMILIES
 from workbench.models import LM, load_model
 from workbench.prompts import Strategy
-from workbench.synthesis import Settings, overlap, rejection, synthesize
+from workbench.synthesis import HINT, Settings, overlap, rejection, star, synthesize
 from workbench.synthesis.records import RecordError, load_data
+from workbench.synthesis.selection import selected, usable
 from workbench.tasks import Task, load_task
 
 SUMS = [(a, b) for a in range(10) for b in range(10)]
@@ -317,8 +319,8 @@ def test_near_duplicates_agree_with_comparing_every_pair() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"recipe": "magic"}, "recipe='magic' is not known. Choose one of rejection, oracle"),
-        ({"select": "best"}, "select='best' is not known. Choose one of shortest, longest, diverse, first"),
+        ({"recipe": "magic"}, "recipe='magic' is not known. Choose one of rejection, star, oracle"),
+        ({"select": "best"}, "select='best' is not known. Choose one of shortest, longest, diverse, random, first"),
         ({"file_format": "csv"}, "jsonl, parquet"),
         ({"temperature": 0}, "samples=4 with temperature=0 gives 4 equal answers"),
         ({"n": 0}, "n=0 is too small"),
@@ -364,3 +366,63 @@ def test_diverse_prefers_an_unseen_answer(lm: LM, tmp_path: Path) -> None:
         data = synthesize(lm, task, canned, n=2, out=tmp_path / select, select=select)
         answers[select] = [record["messages"][-1]["content"][:9] for record in data]
     assert answers == {"first": ["We count:"] * 2, "diverse": ["We count:", "Adding up"]}
+
+
+def test_star_tries_failed_questions_again_with_the_answer_given_away(lm: LM, task: Task, tmp_path: Path) -> None:
+    plain = synthesize(lm, task, n=60, out=tmp_path / "plain", threshold=1.0, **SAMPLED)
+    data = synthesize(lm, task, "star", n=60, out=tmp_path / "star", threshold=1.0, **SAMPLED)
+    rows, failed = {str(row["id"]): row for row in task.rows("train")}, 0
+    for before, record in zip(plain, data, strict=True):
+        assert record["messages"][:-1] == before["messages"][:-1]  # what is learnt from shows no hint
+        if before["kept"]:
+            assert record == before | {"recipe": "star"}
+            continue
+        failed += 1
+        if record["kept"]:
+            answer = rows[record["row_id"]]["answer"]
+            assert record["decoding"]["hinted"] and record["decoding"]["sample"] >= 4
+            assert record["prompt"] == lm.render(
+                [{"role": "user", "content": f"{rows[record['row_id']]['question']}\n{HINT.format(answer=answer)}"}]
+            )
+            assert record["verdict"]["correct"]
+    assert data.card["cost"]["calls"] == 240 + 4 * failed
+    assert len(data.kept) >= len(plain.kept)
+    again = synthesize(lm, task, "star", n=60, out=tmp_path / "chunks", threshold=1.0, **(SAMPLED | {"chunk_size": 7}))
+    assert [record["messages"] for record in again] == [record["messages"] for record in data]
+
+
+def test_a_hinted_chain_is_used_and_a_repeated_hint_is_not(task: Task) -> None:
+    class Told:
+        """Knows nothing; makes an equation of an answer that it is told, or repeats it where it begins with 1."""
+
+        def render(self, turns: list[dict[str, str]]) -> str:
+            return turns[-1]["content"]
+
+        def generate(self, prompts: list[str], **options: object) -> list[SimpleNamespace]:
+            told = [prompt.partition("The answer is ")[2].partition(".")[0] for prompt in prompts]
+            said = [text if text.startswith("1") or not text else f"{text}+0={text}. {text}" for text in told]
+            return [SimpleNamespace(text=text or "?", tokens_in=3, tokens_out=1, finished=True) for text in said]
+
+    rows = task.rows("train")[:30]
+    before = rejection(Told(), task, rows, Settings())
+    assert not any(usable(sample) for attempt in before for sample in attempt["samples"])
+    echoes = [row["answer"].startswith("1") for row in rows]
+    assert 0 < sum(echoes) < 30
+    attempts = star(Told(), task, rows, Settings(samples=2))
+    for attempt, row, echo in zip(attempts, rows, echoes, strict=True):
+        assert [sample["correct"] for sample in attempt["samples"]] == [False, False, True, True]
+        assert [usable(sample) for sample in attempt["samples"]] == [False, False, not echo, not echo]
+        assert attempt["plain"] == task.messages(row)
+        assert (attempt["prompt"] == row["question"]) == echo  # of the sample that a record shows
+    kept = [choice is not None for _, choice in selected(attempts, "shortest")]
+    assert kept == [not echo for echo in echoes]
+
+
+def test_random_selection_is_drawn_row_by_row() -> None:
+    samples = [{"text": f"{n}", "correct": n < 6, "finished": n != 5, "tokens_out": n} for n in range(8)]
+    attempts = [{"row_id": str(row), "samples": samples} for row in range(300)]
+    found = [choice["text"] for _, choice in selected(attempts, "random", 1)]
+    assert {text: found.count(text) > 30 for text in "01234"} == dict.fromkeys("01234", True)
+    assert set(found) == set("01234")  # verified and complete ones only
+    assert [choice["text"] for _, choice in selected(attempts[100:], "random", 1)] == found[100:]
+    assert found != [choice["text"] for _, choice in selected(attempts, "random", 2)]

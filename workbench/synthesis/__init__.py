@@ -5,6 +5,9 @@ A recipe is a function `(lm, task, rows, settings) -> list[Attempt]`, one attemp
 * `rejection`: the model answers each question several times under a prompt strategy and only verified answers survive
   (rejection sampling, Yuan et al. 2023, arXiv 2308.01825). The record holds the *plain* question, so fine-tuning on it
   moves what the strategy's prompt did into the weights (context distillation, Askell et al. 2021, arXiv 2112.00861).
+* `star`: rejection sampling, and a second try with the right answer given away for questions that it left without a
+  verified one (rationalisation of STaR, Zelikman et al. 2022, arXiv 2203.14465). Only the final answer is verified, so
+  a hinted chain may reach it by a wrong step more often than one without a hint.
 * `oracle`: the task's own worked solution.
 
 Work is saved a chunk of questions at a time. A killed run goes on from its last chunk and ends in the same bytes;
@@ -23,10 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from workbench.files import content_key, write_atomic
+from workbench.results import shows_steps
 from workbench.runs import heartbeat
 from workbench.synthesis.card import make_card, write_records
 from workbench.synthesis.records import Data, claim_folder, load_data
-from workbench.synthesis.selection import Attempt, Select, drop_leaks, drop_repeats, make_record, selected
+from workbench.synthesis.selection import Attempt, Select, drop_leaks, drop_repeats, make_record, selected, usable
 
 if TYPE_CHECKING:
     from workbench.models import LM
@@ -34,6 +38,9 @@ if TYPE_CHECKING:
     from workbench.tasks import Task
 
 Row = dict[str, Any]
+
+
+HINT = "(The answer is {answer}. Show the steps that lead to it.)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ Recipe = Callable[["LM", "Task", list[Row], Settings], list[Attempt]]
 def synthesize(
     lm: "LM",
     task: "Task",
-    recipe: Literal["rejection", "oracle"] | Recipe = "rejection",
+    recipe: Literal["rejection", "star", "oracle"] | Recipe = "rejection",
     n: int = 500,
     seed: int = 0,
     *,
@@ -82,7 +89,7 @@ def synthesize(
     """
     chosen = Settings(strategy=strategy, seed=seed, **_known(settings))
     _check(recipe, n, chosen, select, max_overlap, file_format)
-    make = {"rejection": rejection, "oracle": oracle}[recipe] if isinstance(recipe, str) else recipe
+    make = {"rejection": rejection, "star": star, "oracle": oracle}[recipe] if isinstance(recipe, str) else recipe
     out, exam = Path(out), evaluation or task
     rows = task.rows(split=split, n=n, seed=seed)
     sampling = _sampling(make, lm, task, rows, chosen) | {"split": split, "chunk_size": chunk_size}
@@ -91,7 +98,7 @@ def synthesize(
     if not _finished(out, key):
         claim_folder(out, sampling, "synthesize")
         attempts, cost = _sample(make, lm, task, rows, chosen, chunk_size, out)
-        records = [make_record(choice, sampling, task.name) for choice in selected(attempts, select)]
+        records = [make_record(choice, sampling, task.name) for choice in selected(attempts, select, seed)]
         shared = drop_leaks(records, attempts, exam, max_overlap)
         drop_repeats(records, attempts, threshold)
         file = write_records(out, records, file_format)
@@ -120,7 +127,7 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
 
 def _check(recipe: str | Recipe, n: int, settings: Settings, select: str, limit: float, file_format: str) -> None:
     choices: list[tuple[str, str | Recipe, tuple[str, ...]]] = [
-        ("recipe", recipe, ("rejection", "oracle")),
+        ("recipe", recipe, ("rejection", "star", "oracle")),
         ("select", select, get_args(Select)),
         ("file_format", file_format, ("jsonl", "parquet")),
     ]
@@ -132,7 +139,7 @@ def _check(recipe: str | Recipe, n: int, settings: Settings, select: str, limit:
             raise ValueError(f"{name}={number} is too small: give 1 or more.")
     if not 0 <= limit <= 1:
         raise ValueError(f"max_overlap={limit} is no share: give a number from 0 to 1, such as 0.05.")
-    if recipe == "rejection" and settings.temperature == 0 and settings.samples > 1:
+    if recipe in ("rejection", "star") and settings.temperature == 0 and settings.samples > 1:
         raise ValueError(
             f"samples={settings.samples} with temperature=0 gives {settings.samples} equal answers a question. "
             "Pass samples=1, or a temperature such as 0.8."
@@ -147,8 +154,39 @@ def _finished(out: Path, key: str) -> bool:
 def rejection(lm: "LM", task: "Task", rows: list[Row], settings: Settings) -> list[Attempt]:
     """Answer every question `settings.samples` times under the strategy, each answer judged by the task's verifier."""
     prompts = [lm.render(task.messages(row, settings.strategy)) for row in rows]
+    return _answered(lm, task, rows, prompts, settings)
+
+
+def star(lm: "LM", task: "Task", rows: list[Row], settings: Settings) -> list[Attempt]:
+    """As `rejection`; where no answer is verified, as many tries more whose prompt ends in the right answer.
+
+    An answer to such a prompt is used only if it shows steps: else it repeats what it was told.
+    """
+    attempts = rejection(lm, task, rows, settings)
+    failed = [number for number, attempt in enumerate(attempts) if not any(map(usable, attempt["samples"]))]
+    asked = [rows[number] for number in failed]
+    prompts = []
+    for row in asked:
+        *before, question = task.messages(row, settings.strategy)
+        hinted = f"{question['content']}\n{HINT.format(answer=row['answer'])}"
+        prompts.append(lm.render([*before, {**question, "content": hinted}]))
+    again = _answered(lm, task, asked, prompts, settings, first=settings.samples) if asked else []
+    for number, hinted_attempt in zip(failed, again, strict=True):
+        hinted_samples = [
+            sample | {"hinted": True, "echo": not shows_steps(sample["text"])} for sample in hinted_attempt["samples"]
+        ]
+        attempts[number]["samples"] += hinted_samples
+        if any(map(usable, hinted_samples)):
+            attempts[number]["prompt"] = hinted_attempt["prompt"]
+    return attempts
+
+
+def _answered(
+    lm: "LM", task: "Task", rows: list[Row], prompts: list[str], settings: Settings, first: int = 0
+) -> list[Attempt]:
+    """Sampled and judged answers to these prompts; `first` numbers the samples, so that no two share a seed."""
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
-    seeds = [_row_seed(settings.seed, str(row["id"]), k) for row in rows for k in range(settings.samples)]
+    seeds = [_row_seed(settings.seed, str(row["id"]), first + k) for row in rows for k in range(settings.samples)]
     generations = lm.generate(
         repeated,
         max_new_tokens=settings.max_new_tokens,

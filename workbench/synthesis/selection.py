@@ -5,6 +5,7 @@ Pure functions of what was sampled, so that other choices cost no model call. Th
 
 import sys
 from collections.abc import Sequence
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.synthesis import overlap
@@ -14,15 +15,20 @@ if TYPE_CHECKING:
     from workbench.tasks import Task
 
 Attempt = dict[str, Any]  # row_id, question, answer, plain, prompt, samples: [{text, correct, extracted, ...}]
-Select = Literal["shortest", "longest", "diverse", "first"]
+Select = Literal["shortest", "longest", "diverse", "random", "first"]
 
 
-def selected(attempts: Sequence[Attempt], select: Select) -> list[tuple[Attempt, dict[str, Any] | None]]:
-    """With each attempt its chosen sample, or None when no sample is both verified and complete."""
+def usable(sample: dict[str, Any]) -> bool:
+    """Whether an answer is verified, complete, and more than the answer that its prompt gave away."""
+    return bool(sample["correct"] and sample["finished"] and not sample.get("echo"))
+
+
+def selected(attempts: Sequence[Attempt], select: Select, seed: int = 0) -> list[tuple[Attempt, dict[str, Any] | None]]:
+    """With each attempt its chosen sample, or None when none is usable; `seed` draws the random ones, row by row."""
     seen: set[tuple[str, ...]] = set()
     chosen: list[tuple[Attempt, dict[str, Any] | None]] = []
     for attempt in attempts:
-        good = [sample for sample in attempt["samples"] if sample["correct"] and sample["finished"]]
+        good = [sample for sample in attempt["samples"] if usable(sample)]
         sample = None
         if good and select in ("shortest", "longest"):
             pick = min if select == "shortest" else max
@@ -30,6 +36,8 @@ def selected(attempts: Sequence[Attempt], select: Select) -> list[tuple[Attempt,
         elif good and select == "diverse":  # most shingles that no answer chosen before has
             sample = max(good, key=lambda found: len(overlap.runs(overlap.tokens(found["text"]), 3) - seen))
             seen |= overlap.runs(overlap.tokens(sample["text"]), 3)
+        elif good and select == "random":
+            sample = Random(f"{seed}/{attempt['row_id']}").choice(good)
         elif good:
             sample = good[0]
         chosen.append((attempt, sample))
@@ -42,15 +50,17 @@ def make_record(choice: tuple[Attempt, dict[str, Any] | None], sampling: dict[st
     shown = sample or attempt["samples"][0]
     reason = "verified"
     if sample is None:
-        cut = any(found["correct"] for found in attempt["samples"])
-        reason = "cut off at max_new_tokens" if cut else "no verified answer"
+        right = [found for found in attempt["samples"] if found["correct"]]
+        echo = any(found["finished"] for found in right)
+        reason = "repeats the hint" if echo else "cut off at max_new_tokens" if right else "no verified answer"
     names = ("temperature", "top_p", "max_new_tokens", "samples", "seed", "strategy", "style")
     return {
         "id": f"{task}/{attempt['row_id']}", "task": task, "row_id": attempt["row_id"],
         "messages": [*attempt["plain"], {"role": "assistant", "content": shown["text"]}],
         "answer": attempt["answer"], "verdict": {"correct": shown["correct"], "extracted": shown["extracted"]},
         "recipe": sampling["recipe"], "model": sampling["model"],
-        "decoding": {name: sampling[name] for name in names} | {"sample": attempt["samples"].index(shown)},
+        "decoding": {name: sampling[name] for name in names}
+        | {"sample": attempt["samples"].index(shown)} | ({"hinted": True} if shown.get("hinted") else {}),
         "prompt": attempt["prompt"], "tokens_in": shown["tokens_in"], "tokens_out": shown["tokens_out"],
         "kept": sample is not None, "reason": reason,
     }  # fmt: skip

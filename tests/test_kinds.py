@@ -204,8 +204,9 @@ QUIET = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::RuntimeW
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_kind_is_right_or_refused_by_name(family: str, kind: str) -> None:
     found, reason = verdict(kind, family), REFUSED.get(family, {}).get(kind)
-    if reason is None:
-        assert found == PARTLY.get((family, kind), WORKS)
+    if reason is None:  # how ties fall is a matter of the processor
+        expected = PARTLY.get((family, kind), WORKS)
+        assert found in ((WORKS, TIES) if expected == TIES else (expected,))
     else:
         assert re.search(reason, found)
 

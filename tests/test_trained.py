@@ -95,10 +95,10 @@ def test_the_same_seed_gives_the_same_vector() -> None:
     ("records", "arguments", "message"),
     [
         (SFT, {"loss": "dpo"}, "sft, preference"),
-        (SFT, {"steps": 0}, "at least one step"),
-        ([], {}, "0 records"),
+        (SFT, {"steps": 0}, "steps=0.*at least 1"),
+        ([], {}, "records=0"),
         (SFT, {"layers": [7]}, r"got \[7\]"),
-        (SFT, {"layers": []}, r"layers=\[\]"),
+        (SFT, {"layers": []}, "layers=0"),
         (PREFERENCES, {}, "end in an assistant turn"),
         (SFT, {"loss": "preference"}, "texts chosen and rejected"),
         ([{"messages": []}], {}, "end in an assistant turn"),

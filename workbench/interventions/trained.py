@@ -61,12 +61,8 @@ def train_vector(
     """
     chosen = [layers] if isinstance(layers, int) else sorted(set(layers))
     check_layers(chosen, lm)
-    if loss not in LOSSES or min(steps, batch_size, len(records), len(chosen), 1 if rank is None else rank) < 1:
-        raise ModelError(
-            f"loss={loss!r}, rank={rank}, steps={steps}, batch_size={batch_size}, layers={chosen}, {len(records)} "
-            f"records: loss is one of {', '.join(LOSSES)}; at least one step, row a batch, layer and record are "
-            "needed, and a rank of at least 1."
-        )
+    _check(loss, {"rank": 1 if rank is None else rank, "steps": steps, "batch_size": batch_size,
+                  "records": len(records), "layers": len(chosen)})  # fmt: skip
     _refuse_blocks(lm)
     data = [_answers(lm, record, loss) for record in records]
     changes = {layer: _Trained(lm, layer, rank, seed) for layer in chosen}
@@ -87,6 +83,14 @@ def train_vector(
     texts = [[[row.prompt, row.answer] for row in sides] for sides in data]
     details["data_sha256"] = content_key(loss=loss, records=texts)
     return _made(changes, rank, {"positions": positions, "model": lm.name, "revision": lm.revision, "details": details})
+
+
+def _check(loss: str, counts: dict[str, int]) -> None:
+    if loss not in LOSSES or min(counts.values()) < 1:
+        given = ", ".join(f"{name}={number}" for name, number in counts.items())
+        raise ModelError(
+            f"loss={loss!r}, {given}: loss is one of {', '.join(LOSSES)}; of everything else at least 1 is needed."
+        )
 
 
 def _made(changes: "dict[int, _Trained]", rank: int | None, origin: dict[str, Any]) -> Residual | LowRank:

@@ -226,11 +226,10 @@ def _share_in_four_bits(model: PreTrainedModel, name: str) -> str:
 
 
 def _keep_format(model: PreTrainedModel) -> None:
-    """Hold bitsandbytes 0.50 back from repacking 4-bit weights for CPUs with AVX512-BF16 in their first evaluation.
+    """Hold bitsandbytes 0.50 back from repacking 4-bit weights in their first evaluation on CPUs with AVX512-BF16.
 
     The kernel for that format passes no gradients on, so that training after an evaluation would be wrong without a
-    word; it rounds by the number of rows, needs widths in multiples of 64 and 32, and quantises the scales anew
-    whenever the state dictionary is read.
+    word; it rounds by the number of rows, and quantises the scales anew whenever the state dictionary is read.
     """
     from bitsandbytes.nn import Linear4bit
 

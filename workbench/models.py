@@ -228,8 +228,8 @@ def _share_in_four_bits(model: PreTrainedModel, name: str) -> str:
 def _keep_format(model: PreTrainedModel) -> None:
     """Hold bitsandbytes 0.50 back from repacking 4-bit weights in their first evaluation on CPUs with AVX512-BF16.
 
-    The kernel for that format passes no gradients on, so that training after an evaluation would be wrong without a
-    word; it rounds by the number of rows, and quantises the scales anew whenever the state dictionary is read.
+    That format's kernel passes no gradients on, so training after an evaluation would be silently wrong; it rounds by
+    the number of rows, and its scales change whenever the state dictionary is read.
     """
     from bitsandbytes.nn import Linear4bit
 

@@ -61,8 +61,14 @@ def train_vector(
     """
     chosen = [layers] if isinstance(layers, int) else sorted(set(layers))
     check_layers(chosen, lm)
-    _check(loss, {"rank": 1 if rank is None else rank, "steps": steps, "batch_size": batch_size,
-                  "records": len(records), "layers": len(chosen)})  # fmt: skip
+    _check(
+        loss,
+        rank=1 if rank is None else rank,
+        steps=steps,
+        batch_size=batch_size,
+        records=len(records),
+        layers=len(chosen),
+    )
     _refuse_blocks(lm)
     data = [_answers(lm, record, loss) for record in records]
     changes = {layer: _Trained(lm, layer, rank, seed) for layer in chosen}
@@ -79,18 +85,21 @@ def train_vector(
         if progress is not None:
             progress(step, value.item())
     details = {"method": f"trained, {loss}", "records": str(len(data)), "steps": str(steps), "seed": str(seed)}
-    details |= {} if rank is None else {"rank": str(rank)}
-    texts = [[[row.prompt, row.answer] for row in sides] for sides in data]
-    details["data_sha256"] = content_key(loss=loss, records=texts)
+    details |= {"data_sha256": _fingerprint(loss, data)} | ({} if rank is None else {"rank": str(rank)})
     return _made(changes, rank, {"positions": positions, "model": lm.name, "revision": lm.revision, "details": details})
 
 
-def _check(loss: str, counts: dict[str, int]) -> None:
+def _check(loss: str, **counts: int) -> None:
     if loss not in LOSSES or min(counts.values()) < 1:
         given = ", ".join(f"{name}={number}" for name, number in counts.items())
         raise ModelError(
             f"loss={loss!r}, {given}: loss is one of {', '.join(LOSSES)}; of everything else at least 1 is needed."
         )
+
+
+def _fingerprint(loss: str, data: "Sequence[Sequence[Answered]]") -> str:
+    """A hash of what is trained on, as a saved file's header describes it."""
+    return content_key(loss=loss, records=[[[row.prompt, row.answer] for row in sides] for sides in data])
 
 
 def _made(changes: "dict[int, _Trained]", rank: int | None, origin: dict[str, Any]) -> Residual | LowRank:

@@ -17,9 +17,11 @@ from workbench.files import sha256
 from workbench.lab.families import FAMILIES
 from workbench.models import LM, load_model
 from workbench.prompts import Strategy
-from workbench.synthesis import HINT, Settings, overlap, rejection, star, synthesize
+from workbench.synthesis import overlap, synthesize
+from workbench.synthesis.recipes import HINT, rejection, star
 from workbench.synthesis.records import RecordError, load_data
-from workbench.synthesis.selection import selected, usable
+from workbench.synthesis.sampling import Settings
+from workbench.synthesis.selection import ranked, usable
 from workbench.tasks import Task, load_task
 
 SUMS = [(a, b) for a in range(10) for b in range(10)]
@@ -76,7 +78,7 @@ def test_rejection_keeps_only_what_the_verifier_accepts(lm: LM, task: Task, tmp_
     assert counts["kept"] + sum(counts["rejected"].values()) == counts["questions"] == 60
     assert data.card["cost"]["calls"] == 240
     assert data.card["cost"]["tokens_out"] >= sum(record["tokens_out"] for record in data)
-    assert f"{len(data.kept)} of 60 questions became records" in (tmp_path / "card.md").read_text()
+    assert f"60 questions gave {len(data.kept)} records" in (tmp_path / "card.md").read_text()
 
 
 def test_provenance_is_complete_and_the_question_is_plain(lm: LM, task: Task, tmp_path: Path) -> None:
@@ -154,17 +156,17 @@ synthesize(load_model(sys.argv[1]), task, n=60, out=sys.argv[3], samples=4, temp
 def test_killed_and_resumed_equals_uninterrupted(lm: LM, task: Task, task_file: Path, tmp_path: Path) -> None:
     killed, straight = tmp_path / "killed", tmp_path / "straight"
     command = [sys.executable, "-c", CHILD, lm.name, str(task_file), str(killed)]
-    ready = killed / "chunks" / "00003.json"
+    steps = killed / "steps"
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}) as child:
-        while not ready.exists():
+        while not list(steps.glob("*/00003.json")):
             assert child.poll() is None, "the child ended before it could be killed"
             time.sleep(0.005)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
     assert not (killed / "card.json").exists()
-    done = {file: file.stat().st_mtime_ns for file in (killed / "chunks").glob("*.json")}
+    done = {file: file.stat().st_mtime_ns for file in steps.glob("*/*.json")}
     assert 4 <= len(done) < 30
-    (killed / "chunks" / "00001.json").write_text('{"attempts": [')  # as a disk that filled up would leave it
+    next(steps.glob("*/00001.json")).write_text('{"items": [')  # as a disk that filled up would leave it
     for out in (killed, straight):
         synthesize(lm, task, n=60, out=out, **{**SAMPLED, "chunk_size": 2})
     assert (killed / "records.jsonl").read_bytes() == (straight / "records.jsonl").read_bytes()
@@ -179,17 +181,16 @@ def test_a_finished_folder_costs_nothing_and_another_selection_no_model_call(
 ) -> None:
     first = synthesize(lm, task, n=20, out=tmp_path, select="shortest", **SAMPLED)
     card = (tmp_path / "card.json").stat().st_mtime_ns
-    chunks = {file: file.stat().st_mtime_ns for file in (tmp_path / "chunks").iterdir()}
+    chunks = {file: file.stat().st_mtime_ns for file in (tmp_path / "steps").glob("*/*")}
     assert synthesize(lm, task, n=20, out=tmp_path, select="shortest", **SAMPLED) == first
     assert (tmp_path / "card.json").stat().st_mtime_ns == card
     longest = synthesize(lm, task, n=20, out=tmp_path, select="longest", **SAMPLED)
-    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "chunks").iterdir()} == chunks
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "steps").glob("*/*")} == chunks
     both = [(a, b) for a, b in zip(first, longest, strict=True) if a["kept"] and b["kept"]]
     assert all(a["tokens_out"] <= b["tokens_out"] for a, b in both)
-    with pytest.raises(
-        ValueError, match=r"was started by synthesize with other settings .temperature: 1.0 there, 0.5 now"
-    ):
-        synthesize(lm, task, n=20, out=tmp_path, **{**SAMPLED, "temperature": 0.5})
+    synthesize(lm, task, n=20, out=tmp_path, **{**SAMPLED, "temperature": 0.5})
+    assert synthesize(lm, task, n=20, out=tmp_path, select="longest", **SAMPLED).records == longest.records
+    assert {file: file.stat().st_mtime_ns for file in chunks} == chunks, "another temperature overwrote what was there"
 
 
 def test_an_answer_that_was_cut_off_is_not_kept(lm: LM, task: Task, tmp_path: Path) -> None:
@@ -319,7 +320,7 @@ def test_near_duplicates_agree_with_comparing_every_pair() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"recipe": "magic"}, "recipe='magic' is not known. Choose one of rejection, star, oracle"),
+        ({"recipe": "magic"}, "recipe='magic' is not known. Choose one of oracle, rejection, star"),
         ({"select": "best"}, "select='best' is not known. Choose one of shortest, longest, diverse, random, first"),
         ({"file_format": "csv"}, "jsonl, parquet"),
         ({"temperature": 0}, "samples=4 with temperature=0 gives 4 equal answers"),
@@ -414,15 +415,15 @@ def test_a_hinted_chain_is_used_and_a_repeated_hint_is_not(task: Task) -> None:
         assert [usable(sample) for sample in attempt["samples"]] == [False, False, not echo, not echo]
         assert attempt["plain"] == task.messages(row)
         assert (attempt["prompt"] == row["question"]) == echo  # of the sample that a record shows
-    kept = [choice is not None for _, choice in selected(attempts, "shortest")]
+    kept = [bool(found) for found in ranked(attempts, "shortest")]
     assert kept == [not echo for echo in echoes]
 
 
 def test_random_selection_is_drawn_row_by_row() -> None:
     samples = [{"text": f"{n}", "correct": n < 6, "finished": n != 5, "tokens_out": n} for n in range(8)]
     attempts = [{"row_id": str(row), "samples": samples} for row in range(300)]
-    found = [choice["text"] for _, choice in selected(attempts, "random", 1)]
+    found = [good[0]["text"] for good in ranked(attempts, "random", 1)]
     assert {text: found.count(text) > 30 for text in "01234"} == dict.fromkeys("01234", True)
     assert set(found) == set("01234")  # verified and complete ones only
-    assert [choice["text"] for _, choice in selected(attempts[100:], "random", 1)] == found[100:]
-    assert found != [choice["text"] for _, choice in selected(attempts, "random", 2)]
+    assert [good[0]["text"] for good in ranked(attempts[100:], "random", 1)] == found[100:]
+    assert found != [good[0]["text"] for good in ranked(attempts, "random", 2)]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from workbench.files import sha256, write_atomic
-from workbench.synthesis.records import Record
+from workbench.synthesis.records import NEGATIVE, Record
 
 
 def write_records(out: Path, records: Sequence[Record], file_format: Literal["jsonl", "parquet"]) -> Path:
@@ -37,11 +37,11 @@ def make_card(
     out: Path,
     file: Path,
     records: Sequence[Record],
+    questions: int,
     *,
     key: str,
-    sampling: dict[str, Any],
-    finishing: dict[str, Any],
-    cost: dict[str, float],
+    parameters: dict[str, Any],
+    costs: dict[str, dict[str, float]],
     overlap: dict[str, Any],
 ) -> None:
     """Write card.md, then card.json."""
@@ -51,19 +51,24 @@ def make_card(
     reasons = Counter(
         next((group for group in groups if record["reason"].startswith(group)), record["reason"])
         for record in records
-        if not record["kept"]
+        if not record["kept"] and record["reason"] != NEGATIVE
     )
+    negative = sum(record["reason"] == NEGATIVE for record in records)
+    cost = {
+        name: sum(step[name] for step in costs.values()) for name in ("calls", "tokens_in", "tokens_out", "seconds")
+    }
     card = {
         "key": key,
         "records": {"file": file.name, "sha256": sha256(file)},
-        "counts": {"questions": len(records), "kept": len(kept), "rejected": dict(sorted(reasons.items()))},
+        "counts": {"questions": questions, "kept": len(kept), "rejected": dict(sorted(reasons.items()))}
+        | ({"negative": negative} if negative else {}),
         "lengths": {
             "prompt tokens": _percentiles([record["tokens_in"] for record in kept]),
             "answer tokens": _percentiles([record["tokens_out"] for record in kept]),
         },
-        "cost": cost,
+        "cost": cost | {"steps": costs},
         "overlap": overlap,
-        "parameters": {**sampling, **finishing},
+        "parameters": parameters,
     }
     write_atomic(out / "card.md", _markdown(card))
     write_atomic(out / "card.json", json.dumps(card, indent=2, ensure_ascii=False))
@@ -78,16 +83,18 @@ def _percentiles(values: Sequence[int]) -> dict[str, float]:
 
 def _markdown(card: dict[str, Any]) -> str:
     parameters, counts, cost, lengths = card["parameters"], card["counts"], card["cost"], card["lengths"].items()
+    negative = [f"| {NEGATIVE} | {counts['negative']} |"] if "negative" in counts else []
     lines = [
         f"# Records for {parameters['task']}",
         "",
-        f"{counts['kept']} of {counts['questions']} questions became records. Recipe `{parameters['recipe']}`, "
+        f"{counts['questions']} questions gave {counts['kept']} records to train on. Recipe `{parameters['recipe']}`, "
         f"model {parameters['model']['name']} (revision {parameters['model']['revision']}).",
         "",
-        "| outcome | questions |",
+        "| outcome | records |",
         "|---|---|",
         f"| kept | {counts['kept']} |",
         *(f"| {reason} | {count} |" for reason, count in counts["rejected"].items()),
+        *negative,
         "",
         "| length | min | 5 % | median | 95 % | max |",
         "|---|---|---|---|---|---|",

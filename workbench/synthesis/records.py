@@ -13,6 +13,7 @@ from typing import Any
 from workbench.files import sha256, write_atomic
 
 Record = dict[str, Any]
+NEGATIVE = "a wrong chain, as negative data"  # the reason in a record that is there to be learnt against
 
 
 class RecordError(ValueError):
@@ -31,6 +32,11 @@ class Data:
     def kept(self) -> list[Record]:
         """Records that passed every check; a record without a `kept` field counts as kept."""
         return [record for record in self.records if record.get("kept", True)]
+
+    @property
+    def negatives(self) -> list[Record]:
+        """Wrong chains that were asked for as negative data, marked and not kept."""
+        return [record for record in self.records if record.get("reason") == NEGATIVE]
 
     def __len__(self) -> int:
         return len(self.records)

@@ -9,12 +9,12 @@ from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.synthesis import overlap
-from workbench.synthesis.records import Record
+from workbench.synthesis.records import NEGATIVE, Record
+from workbench.synthesis.sampling import Attempt
 
 if TYPE_CHECKING:
     from workbench.tasks import Task
 
-Attempt = dict[str, Any]  # row_id, question, answer, plain, prompt, samples: [{text, correct, extracted, ...}]
 Select = Literal["shortest", "longest", "diverse", "random", "first"]
 
 
@@ -23,77 +23,124 @@ def usable(sample: dict[str, Any]) -> bool:
     return bool(sample["correct"] and sample["finished"] and not sample.get("echo"))
 
 
-def selected(attempts: Sequence[Attempt], select: Select, seed: int = 0) -> list[tuple[Attempt, dict[str, Any] | None]]:
-    """With each attempt its chosen sample, or None when none is usable; `seed` draws the random ones, row by row."""
+def ranked(attempts: Sequence[Attempt], select: Select, seed: int = 0) -> list[list[dict[str, Any]]]:
+    """Each question's usable and distinct answers, best first; `seed` draws the random ones, question by question.
+
+    Two answers are distinct when their tokens differ: case, spacing and sentence punctuation do not count.
+    """
     seen: set[tuple[str, ...]] = set()
-    chosen: list[tuple[Attempt, dict[str, Any] | None]] = []
+    result = []
     for attempt in attempts:
-        good = [sample for sample in attempt["samples"] if usable(sample)]
-        sample = None
-        if good and select in ("shortest", "longest"):
-            pick = min if select == "shortest" else max
-            sample = pick(good, key=lambda found: found["tokens_out"])  # the first of equals
-        elif good and select == "diverse":  # most shingles that no answer chosen before has
-            sample = max(good, key=lambda found: len(overlap.runs(overlap.tokens(found["text"]), 3) - seen))
-            seen |= overlap.runs(overlap.tokens(sample["text"]), 3)
-        elif good and select == "random":
-            sample = Random(f"{seed}/{attempt['row_id']}").choice(good)
-        elif good:
-            sample = good[0]
-        chosen.append((attempt, sample))
-    return chosen
+        distinct: dict[tuple[str, ...], dict[str, Any]] = {}
+        for sample in filter(usable, attempt["samples"]):
+            distinct.setdefault(overlap.tokens(sample["text"]), sample)
+        good = list(distinct.values())
+        if select in ("shortest", "longest"):
+            good.sort(key=lambda found: found["tokens_out"], reverse=select == "longest")  # stable: the first of equals
+        elif select == "random":
+            Random(f"{seed}/{attempt['row_id']}").shuffle(good)
+        elif select == "diverse":
+            good = _most_new_first(good, seen)
+        result.append(good)
+    return result
 
 
-def make_record(choice: tuple[Attempt, dict[str, Any] | None], sampling: dict[str, Any], task: str) -> Record:
-    """One record; without a chosen answer it shows the first one, is not kept, and says why."""
-    attempt, sample = choice
-    shown = sample or attempt["samples"][0]
-    reason = "verified"
-    if sample is None:
-        right = [found for found in attempt["samples"] if found["correct"]]
-        echo = any(found["finished"] for found in right)
-        reason = "repeats the hint" if echo else "cut off at max_new_tokens" if right else "no verified answer"
+def _most_new_first(good: list[dict[str, Any]], seen: set[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """Answers ordered by how many three-token runs each adds to those before it; `seen` takes the first one's runs."""
+    found = [(sample, overlap.runs(overlap.tokens(sample["text"]), 3)) for sample in good]
+    ordered: list[dict[str, Any]] = []
+    known = set(seen)
+    while found:
+        best = max(found, key=lambda pair: len(pair[1] - known))
+        found.remove(best)
+        known |= best[1]
+        if not ordered:
+            seen |= best[1]
+        ordered.append(best[0])
+    return ordered
+
+
+def make_records(
+    attempts: Sequence[Attempt], sampling: dict[str, Any], task: str, select: Select, chains: int, negatives: int
+) -> list[Record]:
+    """Up to `chains` kept records a question, then up to `negatives` wrong ones, marked.
+
+    Where no answer is usable, one record that is not kept says why.
+    """
+    records = []
+    for attempt, good in zip(attempts, ranked(attempts, select, sampling["seed"]), strict=True):
+        wrong = [sample for sample in attempt["samples"] if not sample["correct"] and sample["finished"]]
+        made = [_record(attempt, sample, sampling, task, "verified") for sample in good[:chains]]
+        made += [_record(attempt, sample, sampling, task, NEGATIVE) for sample in wrong[:negatives]]
+        if not good and attempt["samples"]:
+            made = [_record(attempt, attempt["samples"][0], sampling, task, _why_none(attempt)), *made]
+        for number, record in enumerate(made[1:], start=1):
+            record["id"] += f"/{number}"
+        records += made
+    return records
+
+
+def _why_none(attempt: Attempt) -> str:
+    right = [found for found in attempt["samples"] if found["correct"]]
+    echo = any(found["finished"] for found in right)
+    return "repeats the hint" if echo else "cut off at max_new_tokens" if right else "no verified answer"
+
+
+def _record(attempt: Attempt, sample: dict[str, Any], sampling: dict[str, Any], task: str, reason: str) -> Record:
     names = ("temperature", "top_p", "max_new_tokens", "samples", "seed", "strategy", "style")
     return {
         "id": f"{task}/{attempt['row_id']}", "task": task, "row_id": attempt["row_id"],
-        "messages": [*attempt["plain"], {"role": "assistant", "content": shown["text"]}],
-        "answer": attempt["answer"], "verdict": {"correct": shown["correct"], "extracted": shown["extracted"]},
+        "messages": [*attempt["plain"], {"role": "assistant", "content": sample["text"]}],
+        "answer": attempt["answer"],
+        "verdict": {"correct": sample["correct"], "extracted": sample["extracted"]}
+        | ({"by": sample["by"]} if "by" in sample else {}),
         "recipe": sampling["recipe"], "model": sampling["model"],
         "decoding": {name: sampling[name] for name in names}
-        | {"sample": attempt["samples"].index(shown)} | ({"hinted": True} if shown.get("hinted") else {}),
-        "prompt": attempt["prompt"], "tokens_in": shown["tokens_in"], "tokens_out": shown["tokens_out"],
-        "kept": sample is not None, "reason": reason,
-    }  # fmt: skip
+        | {"sample": attempt["samples"].index(sample)} | ({"hinted": True} if sample.get("hinted") else {}),
+        "prompt": attempt["prompt"], "tokens_in": sample["tokens_in"], "tokens_out": sample["tokens_out"],
+        "kept": reason == "verified", "reason": reason,
+    } | ({"edits": sampling["edits"]} if sampling.get("edits") else {})  # fmt: skip
 
 
-def drop_leaks(records: list[Record], attempts: list[Attempt], evaluation: "Task", limit: float) -> dict[str, Any]:
+def question_of(record: Record) -> str:
+    """The text that a record asks: its last message but one."""
+    return record["messages"][-2]["content"]
+
+
+def drop_leaks(records: list[Record], exams: "Sequence[Task]", limit: float) -> dict[str, Any]:
     """Mark kept records that overlap with test questions; refuse the set when more than `limit` of them do."""
-    try:
-        questions = {str(row["id"]): row["question"] for row in evaluation.rows(split="test")}
-    except ValueError as error:  # a file that was put into another split as a whole
-        print(f"synthesize: overlap not checked, because there are no test questions. {error}", file=sys.stderr)
-        questions = {}
-    reasons = overlap.contamination([attempt["question"] for attempt in attempts], questions)
-    kept = [i for i, record in enumerate(records) if record["kept"]]
-    leaking = [i for i in kept if reasons[i]]
-    share = len(leaking) / max(1, len(kept))
+    kept = [record for record in records if record["kept"]]
+    told: dict[int, str] = {}
+    counts = {}
+    for exam in exams:
+        try:
+            questions = {str(row["id"]): row["question"] for row in exam.rows(split="test")}
+        except ValueError as error:  # a file that was put into another split as a whole
+            print(f"synthesize: overlap not checked, because there are no test questions. {error}", file=sys.stderr)
+            questions = {}
+        counts[exam.name] = len(questions)
+        for number, reason in enumerate(overlap.contamination([question_of(record) for record in kept], questions)):
+            if reason:
+                told.setdefault(number, f"{reason} of task {exam.name}")
+    share = len(told) / max(1, len(kept))
     if share > limit:
-        first = leaking[0]
+        first = min(told)
         raise ValueError(
-            f"{len(leaking)} of {len(kept)} verified records ({share:.1%}) overlap with the test questions of task "
-            f"{evaluation.name}; at most {limit:.1%} may (max_overlap). A score on those questions would measure "
-            f"memory. For example record {records[first]['id']}: {reasons[first]}. Check that the split you synthesize "
+            f"{len(told)} of {len(kept)} verified records ({share:.1%}) overlap with the test questions of "
+            f"{', '.join(counts)}; at most {limit:.1%} may (max_overlap). A score on those questions would measure "
+            f"memory. For example record {kept[first]['id']}: {told[first]}. Check that the split you synthesize "
             "from holds no test questions; to drop the overlapping records and keep the others, pass max_overlap=1.0."
         )
-    for i in leaking:
-        records[i] |= {"kept": False, "reason": f"overlap with evaluation: {reasons[i]}"}
-    return {"evaluation_questions": len(questions), "dropped": len(leaking), "share": share, "limit": limit}
+    for number, reason in told.items():
+        kept[number] |= {"kept": False, "reason": f"overlap with evaluation: {reason}"}
+    return {"evaluation_questions": sum(counts.values()), "by_task": counts, "dropped": len(told), "share": share,
+            "limit": limit}  # fmt: skip
 
 
-def drop_repeats(records: list[Record], attempts: list[Attempt], threshold: float) -> None:
+def drop_repeats(records: list[Record], threshold: float) -> None:
     """Mark kept records whose question and answer repeat an earlier kept record's."""
-    kept = [i for i, record in enumerate(records) if record["kept"]]
-    texts = [f"{attempts[i]['question']}\n{records[i]['messages'][-1]['content']}" for i in kept]
-    for i, earlier in zip(kept, overlap.near_duplicates(texts, threshold), strict=True):
+    kept = [record for record in records if record["kept"]]
+    texts = [f"{question_of(record)}\n{record['messages'][-1]['content']}" for record in kept]
+    for record, earlier in zip(kept, overlap.near_duplicates(texts, threshold), strict=True):
         if earlier is not None:
-            records[i] |= {"kept": False, "reason": f"repeats record {records[kept[earlier]]['id']}"}
+            record |= {"kept": False, "reason": f"repeats record {kept[earlier]['id']}"}

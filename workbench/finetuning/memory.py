@@ -43,10 +43,10 @@ def plan(model: PreTrainedModel, rank: int, targets: str | list[str], tokens: in
     if not chosen:
         names = ", ".join(sorted({name.split(".")[-1] for name, _ in layers}))
         raise ValueError(f"targets={targets!r} matches no linear layer. Choose 'all-linear' or names among: {names}.")
-    adapter = rank * sum(sum(_widths(m)) for m in chosen)
+    adapter = rank * sum(sum(widths(m)) for m in chosen)
     number = model.dtype.itemsize if model.dtype.is_floating_point else 2
     total = model.num_parameters()
-    linear = sum(_widths(m)[0] * _widths(m)[1] for _, m in layers)
+    linear = sum(widths(m)[0] * widths(m)[1] for _, m in layers)
     config = model.config.get_text_config()
     # 34 bytes a token, layer and channel at two bytes a number (Korthikanti et al. 2022, arXiv 2205.05198, section 4)
     activations = 17 * number * tokens * config.num_hidden_layers * config.hidden_size
@@ -79,7 +79,7 @@ def _quantization(model: PreTrainedModel, need: int, free: int, wanted: str) -> 
     return None, f"none: about {_gb(need)} of {_gb(free)} free suffice, and 4-bit weights would only be slower"
 
 
-def _widths(layer: nn.Module) -> tuple[int, int]:
+def widths(layer: nn.Module) -> tuple[int, int]:
     """Inputs and outputs of a linear layer, 4-bit layers included (their weight tensor is flat)."""
     if isinstance(layer, Conv1D):
         return layer.nx, layer.nf

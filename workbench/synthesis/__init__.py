@@ -25,13 +25,15 @@ from workbench.synthesis import recipes
 from workbench.synthesis.card import make_card, write_records
 from workbench.synthesis.records import Data, load_data
 from workbench.synthesis.sampling import Attempt, Edit, Recipe, Row, Settings
-from workbench.synthesis.selection import Select, drop_leaks, drop_repeats, make_records
+from workbench.synthesis.selection import Dedup, Select, drop_leaks, drop_repeats, make_records
 from workbench.synthesis.stages import described, in_chunks, plain
 
 if TYPE_CHECKING:
     from workbench.models import LM
     from workbench.prompts import Strategy
     from workbench.tasks import Task
+
+FileFormat = Literal["jsonl", "parquet"]
 
 
 def synthesize(
@@ -47,10 +49,11 @@ def synthesize(
     select: Select = "shortest",
     chains: int = 1,
     negatives: int = 0,
+    dedup: Dedup = "weighted",
     threshold: float = 0.8,
     max_overlap: float = 0.05,
     chunk_size: int = 50,
-    file_format: Literal["jsonl", "parquet"] = "jsonl",
+    file_format: FileFormat = "jsonl",
     strategy: "Strategy | None" = None,
     evaluation: "Task | Sequence[Task] | None" = None,
     **settings: Any,
@@ -63,7 +66,7 @@ def synthesize(
         edits: functions of `edits` (or partials of them) that change the sampled answers, in order.
         select: which of a question's usable answers is taken; `chains` distinct ones at most.
         negatives: wrong chains a question that are recorded too, marked and not kept (`data.negatives`).
-        threshold: the similarity from which a record counts as a repeat (`overlap.near_duplicates`).
+        dedup, threshold: by which measure and from which similarity on a record repeats an earlier one (`overlap`).
         max_overlap: share of verified records that may overlap with the test questions of `evaluation` (one task or
             several; default: `task`) before the set is refused.
         settings: the fields of `Settings`: `samples`, `temperature`, `top_p`, `max_new_tokens`, `style` (oracle),
@@ -75,7 +78,8 @@ def synthesize(
     chosen = Settings(strategy=strategy, seed=seed, **_known(settings))
     make = _recipe(recipe)
     numbers = {"n": n, "samples": chosen.samples, "max_new_tokens": chosen.max_new_tokens, "chains": chains}
-    _check(make, numbers | {"chunk_size": chunk_size}, chosen, select, max_overlap, file_format)
+    _check(make, numbers | {"chunk_size": chunk_size}, chosen, max_overlap)
+    _check_choices(select=(select, Select), dedup=(dedup, Dedup), file_format=(file_format, FileFormat))
     out = Path(out)
     exams = [task] if evaluation is None else list(evaluation) if isinstance(evaluation, Sequence) else [evaluation]
     rows = task.rows(split=split, n=n, seed=seed)
@@ -83,7 +87,7 @@ def synthesize(
     asked = {"questions": content_key(questions=[[row["id"], row["question"]] for row in rows]), "n": len(rows)}
     finishing = {
         "split": split, "edits": [described(edit) for edit in edits], "select": select, "chains": chains,
-        "negatives": negatives, "threshold": threshold, "max_overlap": max_overlap,
+        "negatives": negatives, "dedup": dedup, "threshold": threshold, "max_overlap": max_overlap,
         "evaluation": [exam.name for exam in exams],
     }  # fmt: skip
     key = content_key(sampling=sampling, asked=asked, finishing=finishing | {"file_format": file_format})
@@ -91,7 +95,7 @@ def synthesize(
         attempts, costs = _attempts(make, edits, lm, task, rows, chosen, sampling, chunk_size, out)
         records = make_records(attempts, sampling | {"edits": finishing["edits"]}, task.name, select, chains, negatives)
         shared = drop_leaks(records, exams, max_overlap)
-        drop_repeats(records, threshold)
+        drop_repeats(records, threshold, dedup)
         file = write_records(out, records, file_format)
         parameters = sampling | asked | finishing
         make_card(out, file, records, len(attempts), key=key, parameters=parameters, costs=costs, overlap=shared)
@@ -147,13 +151,13 @@ def _known(settings: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _check(
-    make: Recipe, numbers: dict[str, int], settings: Settings, select: str, limit: float, file_format: str
-) -> None:
-    choices = [("select", select, get_args(Select)), ("file_format", file_format, ("jsonl", "parquet"))]
-    for name, value, allowed in choices:
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is not known. Choose one of {', '.join(allowed)}.")
+def _check_choices(**choices: tuple[str, Any]) -> None:
+    for name, (value, allowed) in choices.items():
+        if value not in get_args(allowed):
+            raise ValueError(f"{name}={value!r} is not known. Choose one of {', '.join(get_args(allowed))}.")
+
+
+def _check(make: Recipe, numbers: dict[str, int], settings: Settings, limit: float) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}={number} is too small: give 1 or more.")

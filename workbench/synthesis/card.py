@@ -63,8 +63,8 @@ def make_card(
         "counts": {"questions": questions, "kept": len(kept), "rejected": dict(sorted(reasons.items()))}
         | ({"negative": negative} if negative else {}),
         "lengths": {
-            "prompt tokens": _percentiles([record["tokens_in"] for record in kept]),
-            "answer tokens": _percentiles([record["tokens_out"] for record in kept]),
+            "prompt tokens": percentiles([record["tokens_in"] for record in kept]),
+            "answer tokens": percentiles([record["tokens_out"] for record in kept]),
         },
         "cost": cost | {"steps": costs},
         "overlap": overlap,
@@ -74,7 +74,8 @@ def make_card(
     write_atomic(out / "card.json", json.dumps(card, indent=2, ensure_ascii=False))
 
 
-def _percentiles(values: Sequence[int]) -> dict[str, float]:
+def percentiles(values: Sequence[int]) -> dict[str, float]:
+    """Minimum, 5 %, median, 95 % and maximum, by name."""
     if not values:
         return {}
     named = zip(("min", "p5", "median", "p95", "max"), np.percentile(values, [0, 5, 50, 95, 100]), strict=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workbench.models import LM
     from workbench.tasks import Task
 
-__all__ = ["oracle", "rejection", "star"]
+__all__ = ["oracle", "rejection", "star", "student_paced"]
 
 HINT = "(The answer is {answer}. Show the steps that lead to it.)"
 
@@ -74,3 +74,21 @@ def oracle(lm: "LM", task: "Task", rows: list[Row], settings: Settings) -> list[
         tokens_in, tokens_out = len(lm.encode(prompt)), len(lm.encode(text))
         attempts.append(attempt_of(row, task, prompt, [judged(task, row, text, tokens_in, tokens_out, True)]))
     return attempts
+
+
+def student_paced(
+    lm: "LM", task: "Task", rows: list[Row], settings: Settings, *, teacher: "LM", plausible: float = 0.05
+) -> list[Attempt]:
+    """As `rejection`, written by `teacher`, but only in tokens that the student `lm` finds plausible at that place.
+
+    A token is ruled out when the student gives it less than `plausible` times its own likeliest token's probability;
+    the teacher then chooses among the rest. In arXiv 2509.22230 (reverse speculative decoding) the student's own token
+    takes the place of an improbable one, and the bound is an absolute probability. Both models read the strategy's
+    prompt and must share a vocabulary.
+    """
+    from workbench.interventions import Logits
+
+    # Strength 0 would be no intervention at all; this much of the student moves logits by less than rounding.
+    barred = Logits(expert=lm, strength=1e-6, plausible=plausible)
+    prompts = [lm.render(task.messages(row, settings.strategy)) for row in rows]
+    return answered(teacher, task, rows, prompts, settings, interventions=barred)

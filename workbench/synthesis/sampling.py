@@ -38,18 +38,21 @@ Edit = Callable[..., list[Attempt]]  # (lm, task, attempts, settings) -> attempt
 
 
 def answered(
-    lm: "LM", task: "Task", rows: list[Row], prompts: list[str], settings: Settings, first: int = 0
+    lm: "LM", task: "Task", rows: list[Row], prompts: list[str], settings: Settings, first: int = 0, **change: Any
 ) -> list[Attempt]:
-    """Sampled and judged answers to these prompts; `first` numbers the samples, so that no two share a seed."""
+    """Sampled and judged answers to these prompts; `first` numbers the samples, so that no two share a seed.
+
+    `change` goes to `lm.generate` (interventions).
+    """
     attempts = []
-    for row, prompt, found in zip(rows, prompts, sampled(lm, rows, prompts, settings, first), strict=True):
+    for row, prompt, found in zip(rows, prompts, sampled(lm, rows, prompts, settings, first, **change), strict=True):
         samples = [judged(task, row, g.text, g.tokens_in, g.tokens_out, g.finished) for g in found]
         attempts.append(attempt_of(row, task, prompt, samples) | {"cost": spent(found)})
     return attempts
 
 
 def sampled(
-    lm: "LM", rows: list[Row], prompts: list[str], settings: Settings, first: int = 0
+    lm: "LM", rows: list[Row], prompts: list[str], settings: Settings, first: int = 0, **change: Any
 ) -> "list[list[Generation]]":
     """`settings.samples` texts for each prompt; rows give the ids that the seeds are made from."""
     count = settings.samples
@@ -60,6 +63,7 @@ def sampled(
         top_p=settings.top_p,
         seed=[row_seed(settings.seed, str(row["id"]), first + k) for row in rows for k in range(count)],
         batch_size=settings.batch_size,
+        **change,
     )
     return [generations[start : start + count] for start in range(0, len(generations), count)]
 
@@ -79,7 +83,13 @@ def attempt_of(row: Row, task: "Task", prompt: str, samples: list[dict[str, Any]
     return {
         "row_id": str(row["id"]), "question": row["question"], "answer": row["answer"],
         "plain": task.messages(row, None), "prompt": prompt, "samples": samples,
+        "row": {name: row[name] for name in ("metadata", "options") if name in row},
     }  # fmt: skip
+
+
+def row_of(attempt: Attempt) -> Row:
+    """The task's row again, as far as its verifier reads it."""
+    return {"id": attempt["row_id"], "question": attempt["question"], "answer": attempt["answer"], **attempt["row"]}
 
 
 def judged(task: "Task", row: Row, text: str, tokens_in: int, tokens_out: int, finished: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from workbench.synthesis.sampling import Attempt
 if TYPE_CHECKING:
     from workbench.tasks import Task
 
+Dedup = Literal["weighted", "minhash", "exact"]
 Select = Literal["shortest", "longest", "diverse", "random", "first"]
 
 
@@ -82,8 +83,16 @@ def make_records(
 
 def _why_none(attempt: Attempt) -> str:
     right = [found for found in attempt["samples"] if found["correct"]]
+    if not right and "why" in attempt["samples"][0]:
+        return attempt["samples"][0]["why"]
     echo = any(found["finished"] for found in right)
     return "repeats the hint" if echo else "cut off at max_new_tokens" if right else "no verified answer"
+
+
+def _solve_rate(attempt: Attempt) -> float:
+    """Share of right answers among those that were not told the answer: how easy the asked model finds a question."""
+    own = [sample["correct"] for sample in attempt["samples"] if not sample.get("hinted")]
+    return sum(own) / len(own)
 
 
 def _record(attempt: Attempt, sample: dict[str, Any], sampling: dict[str, Any], task: str, reason: str) -> Record:
@@ -99,7 +108,8 @@ def _record(attempt: Attempt, sample: dict[str, Any], sampling: dict[str, Any], 
         | {"sample": attempt["samples"].index(sample)} | ({"hinted": True} if sample.get("hinted") else {}),
         "prompt": attempt["prompt"], "tokens_in": sample["tokens_in"], "tokens_out": sample["tokens_out"],
         "kept": reason == "verified", "reason": reason,
-    } | ({"edits": sampling["edits"]} if sampling.get("edits") else {})  # fmt: skip
+        "solve_rate": _solve_rate(attempt),
+    } | {name: sampling[name] for name in ("own", "edits") if sampling.get(name)}  # fmt: skip
 
 
 def question_of(record: Record) -> str:
@@ -137,10 +147,14 @@ def drop_leaks(records: list[Record], exams: "Sequence[Task]", limit: float) -> 
             "limit": limit}  # fmt: skip
 
 
-def drop_repeats(records: list[Record], threshold: float) -> None:
+def drop_repeats(records: list[Record], threshold: float, dedup: Dedup = "weighted") -> None:
     """Mark kept records whose question and answer repeat an earlier kept record's."""
     kept = [record for record in records if record["kept"]]
     texts = [f"{question_of(record)}\n{record['messages'][-1]['content']}" for record in kept]
-    for record, earlier in zip(kept, overlap.near_duplicates(texts, threshold), strict=True):
+    if dedup == "minhash":
+        repeats = overlap.minhash_duplicates(texts, threshold)
+    else:  # at a similarity of 1 only equal token sequences are repeats
+        repeats = overlap.near_duplicates(texts, 1.0 if dedup == "exact" else threshold)
+    for record, earlier in zip(kept, repeats, strict=True):
         if earlier is not None:
             record |= {"kept": False, "reason": f"repeats record {kept[earlier]['id']}"}

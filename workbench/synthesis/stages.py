@@ -85,7 +85,7 @@ def in_chunks(
     total: Counter[str] = Counter(dict.fromkeys(("calls", "tokens_in", "tokens_out", "seconds"), 0))
     for start in range(0, len(items), size):
         part = list(items[start : start + size])
-        file, key = home / f"{start // size:05d}.json", content_key(settings=settings, input=part)
+        file, key = home / f"{start // size:05d}.json", content_key(settings=settings, input=_plain_json(part))
         saved = _saved(file, key)
         if saved is None:
             begin = time.perf_counter()
@@ -94,11 +94,17 @@ def in_chunks(
             for item in saved["items"]:
                 spent.update(item.pop("cost", {}))
             saved["cost"] = {**spent, "seconds": time.perf_counter() - begin}
+            saved["items"] = _plain_json(saved["items"])  # a run that is not resumed sees what a resumed one reads
             write_atomic(file, json.dumps(saved, ensure_ascii=False))
             heartbeat(f"synthesize: {name}", start + len(part), len(items), seconds=round(saved["cost"]["seconds"], 2))
         made += saved["items"]
         total.update(saved["cost"])
     return made, dict(total)
+
+
+def _plain_json(items: list[Item]) -> list[Item]:
+    """As read back from a file: generated tasks put tuples and fractions into their metadata."""
+    return json.loads(json.dumps(items, default=str))
 
 
 def _saved(file: Path, key: str) -> dict[str, Any] | None:

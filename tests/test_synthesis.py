@@ -99,6 +99,7 @@ def test_provenance_is_complete_and_the_question_is_plain(lm: LM, task: Task, tm
         "tokens_out",
         "kept",
         "reason",
+        "solve_rate",
     ]
     rows = {str(row["id"]): row for row in task.rows("train")}
     assert len({record["id"] for record in data}) == 20
@@ -427,3 +428,29 @@ def test_random_selection_is_drawn_row_by_row() -> None:
     assert set(found) == set("01234")  # verified and complete ones only
     assert [good[0]["text"] for good in ranked(attempts[100:], "random", 1)] == found[100:]
     assert found != [good[0]["text"] for good in ranked(attempts, "random", 2)]
+
+
+def test_minhash_finds_what_exact_jaccard_finds() -> None:
+    """Against all pairs compared one by one, on texts with repeats at every similarity."""
+    from random import Random
+
+    rng = Random(0)
+    words = [f"w{number}" for number in range(400)]
+    texts = [" ".join(rng.choices(words, k=40)) for _ in range(60)]
+    for number in range(60):
+        changed = texts[number].split()
+        for _ in range(rng.randint(0, 12)):
+            changed[rng.randrange(40)] = rng.choice(words)
+        texts.append(" ".join(changed))
+    sets = [overlap.runs(overlap.tokens(text), 3) for text in texts]
+    for threshold in (0.5, 0.8):
+        expected: list[int | None] = []
+        for index, own in enumerate(sets):
+            similar = (
+                j for j in range(index) if expected[j] is None and len(own & sets[j]) / len(own | sets[j]) >= threshold
+            )
+            expected.append(next(similar, None))
+        assert overlap.minhash_duplicates(texts, threshold) == expected
+        assert sum(found is not None for found in expected) > 5
+    with pytest.raises(ValueError, match="threshold=0 is no similarity"):
+        overlap.minhash_duplicates(texts, 0)

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from workbench.aside import write_aside
 from workbench.files import content_key
 from workbench.synthesis import recipes
 from workbench.synthesis.card import make_card, write_records
@@ -97,6 +98,7 @@ def synthesize(
         shared = drop_leaks(records, exams, max_overlap)
         drop_repeats(records, threshold, dedup)
         file = write_records(out, records, file_format)
+        write_aside(out, task.bad)
         parameters = sampling | asked | finishing
         make_card(out, file, records, len(attempts), key=key, parameters=parameters, costs=costs, overlap=shared)
     return load_data(out)

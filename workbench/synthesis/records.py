@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from workbench.aside import LONGEST_ROW, Aside, BadRow, lines_of
 from workbench.files import sha256, write_atomic
 
 Record = dict[str, Any]
@@ -22,11 +23,12 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Data:
-    """A folder of records: `records` are all of them, `kept` those to train on, `card` the counts and costs."""
+    """A folder of records: all `records`, `kept` those to train on, the `card`, and `bad` rows put aside on reading."""
 
     folder: Path
     records: list[Record]
     card: dict[str, Any]
+    bad: tuple[BadRow, ...] = ()
 
     @property
     def kept(self) -> list[Record]:
@@ -45,10 +47,12 @@ class Data:
         return iter(self.records)
 
 
-def load_data(path: str | Path) -> Data:
+def load_data(path: str | Path, max_bad: float = 0.01) -> Data:
     """Records from a folder that `synthesize` wrote, or from any JSONL or Parquet file with a `messages` field.
 
-    Raises `RecordError` when nothing is there, when a record is wrong, or when the file is not the one its card names.
+    At most `max_bad` of the records may be unusable (broken JSON, wrong fields, endless); those are put aside in
+    `data.bad`, with file, line and reason. Raises `RecordError` when nothing is there, when more records are wrong, or
+    when the file is not the one its card names.
     """
     path = Path(path)
     file = path if path.is_file() else _records_file(path)
@@ -59,9 +63,15 @@ def load_data(path: str | Path) -> Data:
             f"{file} is not the file that {card_file} describes (its sha256 differs): it was edited or copied half. "
             f"Delete {file} and run synthesize(..., out={str(path)!r}) again, or pass the file itself to load_data."
         )
-    numbered = _parquet(file) if file.suffix == ".parquet" else _jsonl(file)
-    records = [check_record(record, f"{file}, line {line}") for line, record in numbered]
-    return Data(file.parent, records, card)
+    aside = Aside(max_bad, RecordError)
+    records = []
+    for line, record in _parquet(file) if file.suffix == ".parquet" else _jsonl(file, aside):
+        try:
+            records.append(check_record(record, f"{file}, line {line}"))
+        except RecordError as error:
+            aside.put(str(file), line, str(error), record)
+    aside.check(len(records))
+    return Data(file.parent, records, card, tuple(aside.rows))
 
 
 def check_record(record: Any, where: str) -> Record:
@@ -102,15 +112,19 @@ def _records_file(folder: Path) -> Path:
     )
 
 
-def _jsonl(file: Path) -> Iterator[tuple[int, Any]]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise RecordError(f"{file}, line {number}: not JSON ({error}); it starts {line[:60]!r}.") from error
+def _jsonl(file: Path, aside: Aside) -> Iterator[tuple[int, Any]]:
+    for number, line in lines_of(file, file.read_bytes(), aside):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"{file}, line {number}: not JSON ({error}); it starts {line[:60]!r}."
+            aside.put(str(file), number, reason, line)
+            continue
+        if len(line) <= LONGEST_ROW:
+            yield number, record
+        else:
+            reason = f"{file}, line {number}: {len(line):,} characters, more than the {LONGEST_ROW:,} of a record."
+            aside.put(str(file), number, reason, line)
 
 
 def _parquet(file: Path) -> Iterator[tuple[int, Any]]:

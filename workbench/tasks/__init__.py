@@ -18,6 +18,7 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
+from workbench.aside import Aside, BadRow
 from workbench.tasks import benchmarks, verifiers
 from workbench.tasks.benchmarks import BBH, BENCHMARKS, SHARES, SPLITS, split_of
 from workbench.tasks.rows import checked, kind_of, read_records, rows_of, same_text
@@ -44,6 +45,7 @@ class Task:
     draw: _Draw = field(repr=False)
     judge: Callable[[dict[str, Any], str], Verdict] = field(repr=False)
     parameters: dict[str, Any] = field(default_factory=dict)
+    bad: tuple[BadRow, ...] = field(default=(), repr=False)  # rows of the file that were put aside
 
     def rows(self, split: str = "test", n: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
         """A seeded sample without repeats; the first rows of a larger n are those of a smaller one.
@@ -112,6 +114,7 @@ def load_task(
     question: str | None = None,
     answer: str | None = None,
     kind: str | None = None,
+    max_bad: float = 0.01,
     **parameters: Any,
 ) -> Task:
     """A task by name, or from a file.
@@ -124,6 +127,8 @@ def load_task(
         split: put every row of the file into this split, instead of dealing them out by hash.
         question, answer: columns of the file, when they have unusual names.
         kind: how answers are judged: number, latex, option, text, list, code; found from the gold answers if not given.
+        max_bad: share of a file's rows that may be unusable (broken, empty, endless, of another kind) and are put
+            aside, in `task.bad` and in what is made from the task; past it the file is refused.
         parameters: knobs of a generated task, such as `steps=(5, 7)` or reasoning-gym's own.
 
     Raises:
@@ -143,7 +148,7 @@ def load_task(
         raise ValueError(f"Task {name!r} has no parameters called {', '.join(parameters)}. It takes {_ABOUT_FILES}.")
     if split is not None and split not in SPLITS:
         raise ValueError(f"There is no split {split!r} to put the rows into. Splits: {', '.join(SPLITS)}.")
-    return _file_task(name, where, split, question, answer, kind)
+    return _file_task(name, where, split, question, answer, kind, Aside(max_bad))
 
 
 def _families() -> tuple[str, ...]:
@@ -165,22 +170,33 @@ def _unknown(name: str) -> str:
 
 
 def _file_task(
-    name: str, path: Path | None, split: str | None, question: str | None, answer: str | None, kind: str | None
+    name: str,
+    path: Path | None,
+    split: str | None,
+    question: str | None,
+    answer: str | None,
+    kind: str | None,
+    aside: Aside,
 ) -> Task:
     """A task with a fixed number of rows, each owned by one split."""
     if name in BENCHMARKS or name.startswith("bbh"):
-        parts, usual = benchmarks.load_rows(name, path, question, answer), benchmarks.benchmark(name).kind
+        parts, usual = benchmarks.load_rows(name, path, question, answer, aside), benchmarks.benchmark(name).kind
     else:
         assert path is not None
-        parts, usual = [("all", rows_of(read_records(path), str(path), question, answer))], None
+        parts, usual = [("all", rows_of(read_records(path, aside), str(path), question, answer, aside))], None
+    aside.check(sum(len(rows) for _, rows in parts))
     kind = kind or usual or kind_of([row for _, rows in parts for row in rows])
+    seen_bad = len(aside.rows)
     dealt: dict[str, list[dict[str, Any]]] = {each: [] for each in SPLITS}
     seen: set[str] = set()
     for role, rows in sorted(parts, key=lambda part: part[0] != "test"):  # test first: it keeps what is shared
-        for row in checked(rows, kind):
+        for row in checked(rows, kind, aside):
             if (key := same_text(row["question"])) not in seen:
                 seen.add(key)
                 dealt[split or split_of(row["question"], SHARES[role])].append(row)
+
+    if len(aside.rows) > seen_bad:
+        aside.check(sum(map(len, dealt.values())))
 
     def draw(split: str, n: int | None, seed: int) -> list[dict[str, Any]]:
         rows = dealt[split]
@@ -193,7 +209,7 @@ def _file_task(
         picked = rows if n is None else Random(f"{name}/{split}/{seed}").sample(rows, len(rows))[:n]
         return deepcopy(picked)
 
-    return Task(name, kind, str(path) if path else "files or hub", draw, _judge(kind))
+    return Task(name, kind, str(path) if path else "files or hub", draw, _judge(kind), bad=tuple(aside.rows))
 
 
 def _judge(kind: str) -> Callable[[dict[str, Any], str], Verdict]:

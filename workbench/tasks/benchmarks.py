@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from workbench.aside import Aside
 from workbench.tasks.rows import read_records, rows_of, same_text
 
 SPLITS: tuple[str, ...] = ("train", "tuning", "test")
@@ -97,22 +98,22 @@ def split_of(question: str, shares: Mapping[str, float]) -> str:
 
 
 def load_rows(
-    name: str, path: Path | None, question: str | None, answer: str | None
+    name: str, path: Path | None, question: str | None, answer: str | None, aside: Aside | None = None
 ) -> list[tuple[str, list[dict[str, Any]]]]:
     """A benchmark's rows by role (a key of `SHARES`): from `path`, else WORKBENCH_DATA, else the hub."""
     found = benchmark(name)
     if path is not None and path.is_file() and not any(_named(path, file) for file in found.files):
-        return [("all", rows_of(read_records(path), str(path), question, answer))]
+        return [("all", rows_of(read_records(path, aside), str(path), question, answer, aside))]
     if path is not None:
         files = _files(found, path.parent if path.is_file() else path)
         if not files:
             expected = " or ".join(found.files)
             raise ValueError(f"{path}: no file of {name!r} there. Expected {expected} in it or in its {found.folder}/.")
-        return [(role, rows_of(read_records(file), str(file), question, answer)) for role, file in files]
+        return [(role, rows_of(read_records(file, aside), str(file), question, answer, aside)) for role, file in files]
     data = os.environ.get("WORKBENCH_DATA")
     files = _files(found, Path(data)) if data else []
     if files:
-        return [(role, rows_of(read_records(file), str(file), question, answer)) for role, file in files]
+        return [(role, rows_of(read_records(file, aside), str(file), question, answer, aside)) for role, file in files]
     return _from_hub(name, found, data)
 
 

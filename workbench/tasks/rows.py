@@ -9,10 +9,11 @@ import csv
 import gzip
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from workbench.aside import Aside, lines_of, too_long
 from workbench.tasks.answers import KINDS, normalise, numbers
 
 QUESTIONS = ("question", "problem", "input", "prompt", "query", "instruction")
@@ -28,8 +29,10 @@ def same_text(question: str) -> str:
     return " ".join(question.casefold().split())
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path, aside: Aside | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line (or record) number and record for each record of a JSON, JSONL, CSV or Parquet file, `.gz` included.
+
+    Lines that can't be read go to `aside`; without one they raise.
 
     Raises:
         ValueError: no such file, an unknown ending, or a line that can't be read, by file and line.
@@ -48,40 +51,40 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         )
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        text = data.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not readable as UTF-8 text ({error}).") from error
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: not readable ({error}).") from error
+    own = aside or Aside(share=0)
+    lines = list(lines_of(path, data, own))
     if ending == ".csv":
-        reader = csv.DictReader(text.splitlines(keepends=True))
+        reader = csv.DictReader(f"{line}\n" for _, line in lines)
         for record in reader:
             yield reader.line_num, {str(key): value for key, value in record.items()}
         return
-    yield from _json_records(path, text)
+    yield from _json_records(path, lines, own)
+    if aside is None:
+        own.check(good=0)
 
 
-def _json_records(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_records(path: Path, lines: list[tuple[int, str]], aside: Aside) -> Iterator[tuple[int, dict[str, Any]]]:
     """A JSON array, an object that holds one, or an object a line: the content decides, not the file's ending."""
     try:
-        whole = json.loads(text)
+        whole = json.loads("\n".join(line for _, line in lines))
     except json.JSONDecodeError:
         whole = None
     if isinstance(whole, dict):
         lists = [value for value in whole.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
         whole = lists[0] if len(lists) == 1 else [whole]
-    numbered: Iterable[tuple[int, Any]]
-    if isinstance(whole, list):
-        numbered = enumerate(whole, start=1)
-    else:
-        numbered = ((at, line) for at, line in enumerate(text.split("\n"), start=1) if line.strip())
-    for at, record in numbered:
+    for at, record in enumerate(whole, start=1) if isinstance(whole, list) else lines:
         try:
             record = json.loads(record) if isinstance(record, str) and whole is None else record
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {at}: not JSON ({error.msg} at column {error.colno}): {str(record)[:80]!r}"
-            ) from error
+            reason = f"{path}, line {at}: not JSON ({error.msg} at column {error.colno}): {str(record)[:80]!r}"
+            aside.put(str(path), at, reason, record)
+            continue
         if not isinstance(record, dict):
-            raise ValueError(f"{path}, line {at}: expected an object with named fields, found {type(record).__name__}.")
+            reason = f"{path}, line {at}: expected an object with named fields, found {type(record).__name__}."
+            aside.put(str(path), at, reason, record)
+            continue
         yield at, record
 
 
@@ -96,29 +99,48 @@ def _column(record: Mapping[str, Any], asked: str | None, usual: tuple[str, ...]
 
 
 def rows_of(
-    records: Iterator[tuple[int, dict[str, Any]]], where: str, question: str | None = None, answer: str | None = None
+    records: Iterator[tuple[int, dict[str, Any]]],
+    where: str,
+    question: str | None = None,
+    answer: str | None = None,
+    aside: Aside | None = None,
 ) -> list[dict[str, Any]]:
-    """Records as rows with `id`, `question`, `answer`, `where`, and every other column; columns are found by name."""
+    """Records as rows with `id`, `question`, `answer`, `where`, and every other column; columns are found by name.
+
+    Rows without a question or an answer, and endless ones, go to `aside`; without one they raise.
+    """
+    own = aside or Aside(share=0)
     rows = []
     for at, record in records:
-        place = f"{where}, line {at}"
-        asks = _column(record, question, QUESTIONS, "question", place)
-        tells = _column(record, answer, ANSWERS, "answer", place)
-        asked, told = record[asks], record[tells]
-        if not isinstance(asked, str) or not asked.strip():
-            raise ValueError(f"{place}: the question in column {asks!r} is empty or no text: {asked!r}.")
-        if told is None or told != told or not str(told).strip():
-            raise ValueError(f"{place}: the answer in column {tells!r} is empty: {told!r}.")
-        fields = {str(key).lower(): value for key, value in record.items() if key not in (asks, tells)}
-        own = next((str(fields.pop(name)) for name in _IDS if fields.get(name) not in (None, "")), None)
-        told = told.tolist() if hasattr(told, "tolist") else told
-        row = {"id": own or f"{Path(where).name.split('.')[0]}-{at:05d}", "question": asked.strip(), "answer": told}
-        rows.append(_joined(row | {key: value for key, value in fields.items() if key not in row} | {"where": place}))
-    if not rows:
+        if too_long(where, at, record, own):
+            continue
+        try:
+            rows.append(_row(at, record, where, question, answer))
+        except ValueError as error:
+            own.put(where, at, str(error), record)
+    if aside is None:
+        own.check(len(rows))
+    if not rows and not own.rows:
         raise ValueError(f"{where}: no rows in it. Each row needs a question and an answer.")
     if len({row["id"] for row in rows}) < len(rows):
         rows = [row | {"id": f"{row['id']}-{place}"} for place, row in enumerate(rows)]
     return rows
+
+
+def _row(at: int, record: dict[str, Any], where: str, question: str | None, answer: str | None) -> dict[str, Any]:
+    place = f"{where}, line {at}"
+    asks = _column(record, question, QUESTIONS, "question", place)
+    tells = _column(record, answer, ANSWERS, "answer", place)
+    asked, told = record[asks], record[tells]
+    if not isinstance(asked, str) or not asked.strip():
+        raise ValueError(f"{place}: the question in column {asks!r} is empty or no text: {asked!r}.")
+    if told is None or told != told or not str(told).strip():
+        raise ValueError(f"{place}: the answer in column {tells!r} is empty: {told!r}.")
+    fields = {str(key).lower(): value for key, value in record.items() if key not in (asks, tells)}
+    own = next((str(fields.pop(name)) for name in _IDS if fields.get(name) not in (None, "")), None)
+    told = told.tolist() if hasattr(told, "tolist") else told
+    row = {"id": own or f"{Path(where).name.split('.')[0]}-{at:05d}", "question": asked.strip(), "answer": told}
+    return _joined(row | {key: value for key, value in fields.items() if key not in row} | {"where": place})
 
 
 def _joined(row: dict[str, Any]) -> dict[str, Any]:
@@ -159,8 +181,8 @@ def _is_number(text: str) -> bool:
     return len(numbers(text)) == 1 and not re.search(r"[A-Za-z]{2,}", text)
 
 
-def checked(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Rows whose gold answers fit `kind`, without repeated questions.
+def checked(rows: list[dict[str, Any]], kind: str, aside: Aside | None = None) -> list[dict[str, Any]]:
+    """Rows whose gold answers fit `kind`, without repeated questions; others go to `aside`, or raise without one.
 
     Raises:
         ValueError: a kind that doesn't exist, or a gold answer that isn't of it, by file and line.
@@ -170,19 +192,31 @@ def checked(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
         gold = str(row["answer"])
-        if kind == "option" and not re.fullmatch(r"\(?[A-Z]\)?", gold):
-            if re.search(r"^\([A-Z]\)", row["question"], flags=re.MULTILINE):
-                continue  # BIG-Bench Hard: a gold answer with a comma was cut into several options, so none is right
-            raise ValueError(f"{row['where']}: kind 'option' needs a letter as gold answer, not {gold!r}.")
-        if kind == "number" and len(numbers(gold)) != 1:
-            raise ValueError(f"{row['where']}: kind 'number' needs one number as gold answer, not {gold!r}.")
-        if kind == "text" and not normalise(gold):
-            raise ValueError(f"{row['where']}: the gold answer {gold!r} has nothing to compare.")
+        reason = _misfit(row, gold, kind)
+        if reason and kind == "option" and re.search(r"^\([A-Z]\)", row["question"], flags=re.MULTILINE):
+            continue  # BIG-Bench Hard: a gold answer with a comma was cut into several options, so none is right
+        if reason:
+            if aside is None:
+                raise ValueError(reason)
+            file, _, line = row["where"].rpartition(", line ")
+            aside.put(file, int(line), reason, row["question"])
+            continue
         if kind == "number" and not isinstance(row["answer"], str):
             row["answer"] = numbers(gold)[0]  # SVAMP's 51.0 is "51"
         fields = {key: value for key, value in row.items() if key != "where"}
         kept.setdefault(same_text(row["question"]), fields | _worked(fields, kind))
     return list(kept.values())
+
+
+def _misfit(row: dict[str, Any], gold: str, kind: str) -> str:
+    """Why the gold answer is not of this kind, or nothing."""
+    if kind == "option" and not re.fullmatch(r"\(?[A-Z]\)?", gold):
+        return f"{row['where']}: kind 'option' needs a letter as gold answer, not {gold!r}."
+    if kind == "number" and len(numbers(gold)) != 1:
+        return f"{row['where']}: kind 'number' needs one number as gold answer, not {gold!r}."
+    if kind == "text" and not normalise(gold):
+        return f"{row['where']}: the gold answer {gold!r} has nothing to compare."
+    return ""
 
 
 def _worked(row: dict[str, Any], kind: str) -> dict[str, Any]:

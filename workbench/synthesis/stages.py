@@ -46,9 +46,10 @@ def plain(value: Any) -> Any:
     from workbench.evaluation import fingerprint
     from workbench.interventions import Intervention
     from workbench.models import LM
+    from workbench.served import Served
     from workbench.tasks import Task
 
-    if isinstance(value, LM):
+    if isinstance(value, LM | Served):
         return {"name": value.name, "revision": value.revision}
     if isinstance(value, Intervention):
         return fingerprint(value)

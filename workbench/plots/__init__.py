@@ -28,6 +28,7 @@ from workbench.plots.drawing import (
 )
 from workbench.plots.lens import lens_grid
 from workbench.plots.palette import GRID, INK, colour, faded, symbol
+from workbench.plots.recipes import recipes_beside
 from workbench.plots.steering import behaviour_damage, layer_effect, strength_curve
 from workbench.plots.token_strip import token_mask, trace_strip
 
@@ -41,6 +42,7 @@ __all__ = [
     "layer_effect",
     "lens_grid",
     "loss_curve",
+    "recipes_beside",
     "strength_curve",
     "token_mask",
     "trace_strip",
@@ -88,9 +90,10 @@ def kept_share(card: Mapping[str, Any]) -> go.Figure:
         raise PlotError(
             f"kept_share needs a card with counts of {', '.join(missing)}; found {', '.join(counts) or 'none'}."
         )
-    n = int(counts["questions"])
+    n = int(counts["kept"]) + sum(counts["rejected"].values())  # more than the questions where each may give several
     if n < 1:
         raise PlotError("kept_share got a card of 0 questions: nothing was made, so there is no share to draw.")
+    what = "questions" if n == counts["questions"] else "records"
     outcomes = [("kept", int(counts["kept"]))]
     outcomes += sorted(
         ((reason, int(number)) for reason, number in counts["rejected"].items()), key=lambda item: -item[1]
@@ -111,7 +114,7 @@ def kept_share(card: Mapping[str, Any]) -> go.Figure:
     fig.update_xaxes(range=[0, 1], tickformat=".0%")
     words = "; ".join(f"{reason} {number / n:.0%}" for reason, number in outcomes)
     fig.update_layout(height=170 + 42 * len(rows))
-    return finish(fig, f"What became of {n} questions", "share of questions", "", f"Bars of {n} questions: {words}.")
+    return finish(fig, f"What became of {n} {what}", f"share of {what}", "", f"Bars of {n} {what}: {words}.")
 
 
 def loss_curve(losses: Sequence[float] | Table) -> go.Figure:

@@ -159,9 +159,9 @@ def critique(
     asked = [(row, attempt, k) for row, attempt in zip(rows, attempts, strict=True) for k in range(settings.samples)]
     parts = [{"question": row["question"], "answer": attempt["samples"][k]["text"]} for row, attempt, k in asked]
     names = [f"{row['id']}/{k}" for row, _, k in asked]
-    said = _written(lm, critic, [f"{name}/critic" for name in names], parts, settings)
+    said = written(lm, critic, [f"{name}/critic" for name in names], parts, settings)
     parts = [{**part, "critique": found.text.strip()} for part, found in zip(parts, said, strict=True)]
-    again = _written(lm, writer, [f"{name}/writer" for name in names], parts, settings)
+    again = written(lm, writer, [f"{name}/writer" for name in names], parts, settings)
     for (row, attempt, k), criticism, new in zip(asked, said, again, strict=True):
         draft = attempt["samples"][k]
         attempt["samples"][k] = judged(task, row, new.text, new.tokens_in, new.tokens_out, new.finished) | {
@@ -237,7 +237,7 @@ def _grades(
         parts.append({"question": attempt["question"], "answer": sample["text"], "grades": sample.pop("said", "")})
     if role.how == "written":
         names = [f"{attempt['row_id']}/{number}/review" for attempt, number in asked]
-        texts = _written(lm, role, names, parts, replace(settings, temperature=0.0))
+        texts = written(lm, role, names, parts, replace(settings, temperature=0.0))
         return [(named(role.options, text.text), spent([text])) for text in texts]
     model = role.lm or lm
     prompts = [model.render([{"role": "user", "content": role.fill(**part)}]) for part in parts]
@@ -282,7 +282,7 @@ def named(options: Sequence[str], text: str) -> int | None:
     return [option.casefold() for option in options].index(found[-1].casefold()) if found else None
 
 
-def _written(
+def written(
     lm: "LM", role: Role, names: list[str], parts: list[dict[str, str]], settings: Settings
 ) -> "list[Generation]":
     """One text for each, by the role's model; the names give each a seed of its own."""

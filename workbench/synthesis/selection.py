@@ -69,7 +69,8 @@ def make_records(
     """
     records = []
     for attempt, good in zip(attempts, ranked(attempts, select, sampling["seed"]), strict=True):
-        wrong = [sample for sample in attempt["samples"] if not sample["correct"] and sample["finished"]]
+        judged = [] if "dropped" in attempt else attempt["samples"]  # nobody knows whether a dropped one is wrong
+        wrong = [sample for sample in judged if not sample["correct"] and sample["finished"]]
         made = [_record(attempt, sample, sampling, task, "verified") for sample in good[:chains]]
         made += [_record(attempt, sample, sampling, task, NEGATIVE) for sample in wrong[:negatives]]
         if not good and attempt["samples"]:
@@ -81,6 +82,8 @@ def make_records(
 
 
 def _why_none(attempt: Attempt) -> str:
+    if "dropped" in attempt:
+        return str(attempt["dropped"])
     right = [found for found in attempt["samples"] if found["correct"]]
     echo = any(found["finished"] for found in right)
     return "repeats the hint" if echo else "cut off at max_new_tokens" if right else "no verified answer"
@@ -99,7 +102,9 @@ def _record(attempt: Attempt, sample: dict[str, Any], sampling: dict[str, Any], 
         | {"sample": attempt["samples"].index(sample)} | ({"hinted": True} if sample.get("hinted") else {}),
         "prompt": attempt["prompt"], "tokens_in": sample["tokens_in"], "tokens_out": sample["tokens_out"],
         "kept": reason == "verified", "reason": reason,
-    } | ({"edits": sampling["edits"]} if sampling.get("edits") else {})  # fmt: skip
+    } | ({"edits": sampling["edits"]} if sampling.get("edits") else {}) | (
+        {"source": attempt["source"]} if "source" in attempt else {}
+    )  # fmt: skip
 
 
 def question_of(record: Record) -> str:

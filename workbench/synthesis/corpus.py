@@ -76,7 +76,8 @@ def parsed(text: str) -> dict[str, str] | None:
     {'question': 'Who came?', 'answer': 'Ana.', 'quote': 'Ana came first'}
     """
     found = re.search(
-        r"\bquestion\s*:\s*(?P<question>\S.*?)\s*^\W*answer\s*:\s*(?P<answer>\S.*?)\s*^\W*quote\s*:\s*(?P<quote>\S[^\n]*)",
+        r"\bquestion\s*:\s*(?P<question>\S.*?)\s*^\W*answer\s*:\s*(?P<answer>\S.*?)\s*"
+        r"^\W*quote\s*:\s*(?P<quote>\S[^\n]*)",
         text,
         flags=re.IGNORECASE | re.MULTILINE | re.DOTALL,
     )

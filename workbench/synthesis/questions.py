@@ -68,6 +68,7 @@ def magpie(
     temperature: of the questions; that of the answers is in `settings`. agree: a sample counts as right when it gives
     the one commonest answer and at least this share of the samples does.
     """
+    majority((), agree)  # tells a wrong share before any work
     start, stop = user_prefix(lm)
     made = _drawn(lm, rows, [start if prefix is None else prefix] * len(rows), stop, settings, temperature)
     drafts = [_draft(lm, task, row, "magpie", settings, *found) for row, found in zip(rows, made, strict=True)]
@@ -93,6 +94,7 @@ def self_instruct(
     """
     if show not in ("turns", "list"):
         raise ValueError(f"show={show!r} is not known. Use 'turns' or 'list'.")
+    majority((), agree)
     seeds = [examples_for(task, row, shots) for row in rows]
     if show == "turns":
         starts = [user_prefix(lm, _exchanges(examples, settings.style)) for examples in seeds]
@@ -107,7 +109,7 @@ def self_instruct(
     drafts = []
     for row, found, examples in zip(rows, made, seeds, strict=True):
         draft = _draft(lm, task, row, "self_instruct", settings, *found)
-        drafts.append(_not_among([each["question"] for each in examples], draft, "repeats a seed question"))
+        drafts.append(not_among([each["question"] for each in examples], draft, "repeats a seed question"))
     return _answered(lm, task, rows, drafts, settings, agree)
 
 
@@ -129,6 +131,7 @@ def evolve(
     """
     if not operators:
         raise ValueError(f"operators is empty. Give one or more, such as {{'reason': {OPERATORS['reason']!r}}}.")
+    majority((), agree)
     names = sorted(operators)
     chosen = [names[row_seed(settings.seed, f"{row['id']}/operator", 0) % len(names)] for row in rows]
     parts = [{"operator": operators[name], "question": row["question"]} for name, row in zip(chosen, rows, strict=True)]
@@ -138,7 +141,7 @@ def evolve(
     for row, name, generation in zip(rows, chosen, made, strict=True):
         draft = _draft(lm, task, row, "evolve", settings, *_read(writer.lm or lm, generation))
         draft = replace(draft, about={"operator": name, "from": str(row["id"])})
-        drafts.append(_not_among([row["question"]], draft, "unchanged question"))
+        drafts.append(not_among([row["question"]], draft, "unchanged question"))
     return _answered(lm, task, rows, drafts, settings, agree)
 
 
@@ -262,7 +265,7 @@ def _draft(
     return Draft(new, cost, why)
 
 
-def _not_among(known: Sequence[str], draft: Draft, why: str) -> Draft:
+def not_among(known: Sequence[str], draft: Draft, why: str) -> Draft:
     """The draft, dropped where its words are those of a known question."""
     same = any(tokens(draft.row["question"]) == tokens(text) for text in known)
     return replace(draft, dropped=why) if same and draft.dropped is None else draft
@@ -272,7 +275,6 @@ def _answered(
     lm: "LM", task: "Task", rows: list[Row], drafts: list[Draft], settings: Settings, agree: float
 ) -> list[Attempt]:
     """The drafts' questions answered `settings.samples` times each; what most say stands for the right answer."""
-    majority([], agree)  # a wrong share is told before the work
     asked = [draft.row for draft in drafts if draft.dropped is None]
     prompts = [lm.render(task.messages(row, settings.strategy)) for row in asked]
     answers = iter(zip(prompts, sampled(lm, asked, prompts, settings), strict=True))

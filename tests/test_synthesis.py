@@ -321,7 +321,7 @@ def test_near_duplicates_agree_with_comparing_every_pair() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"recipe": "magic"}, "recipe='magic' is not known. Choose one of oracle, rejection, star"),
+        ({"recipe": "magic"}, "recipe='magic' is not known. Choose one of oracle, rejection, star, student_paced"),
         ({"select": "best"}, "select='best' is not known. Choose one of shortest, longest, diverse, random, first"),
         ({"file_format": "csv"}, "jsonl, parquet"),
         ({"temperature": 0}, "samples=4 with temperature=0 gives 4 equal answers"),

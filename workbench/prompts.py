@@ -64,7 +64,7 @@ def messages(task: "Task", row: dict[str, Any], strategy: Strategy | None = None
     strategy = strategy or Strategy()
     turns: list[Message] = [{"role": "system", "content": strategy.system}] if strategy.system else []
     if strategy.shots:
-        for example in _examples(task, row, strategy.shots):
+        for example in examples_for(task, row, strategy.shots):
             turns += _exchange(task, example, strategy.style)
     return [*turns, {"role": "user", "content": row["question"]}]
 
@@ -79,7 +79,7 @@ def _exchange(task: "Task", row: dict[str, Any], style: str) -> list[Message]:
     return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": solutions[style]}]
 
 
-def _examples(task: "Task", row: dict[str, Any], shots: int) -> list[dict[str, Any]]:
+def examples_for(task: "Task", row: dict[str, Any], shots: int) -> list[dict[str, Any]]:
     """Examples for a row: from the tuning split, never the row itself, picked by a hash so that order is no matter."""
     pool = [example for example in task.examples if example["question"] != row["question"]]
     if len(pool) < shots:

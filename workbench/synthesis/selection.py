@@ -70,7 +70,8 @@ def make_records(
     """
     records = []
     for attempt, good in zip(attempts, ranked(attempts, select, sampling["seed"]), strict=True):
-        wrong = [sample for sample in attempt["samples"] if not sample["correct"] and sample["finished"]]
+        judged = [] if "dropped" in attempt else attempt["samples"]  # nobody knows whether a dropped one is wrong
+        wrong = [sample for sample in judged if not sample["correct"] and sample["finished"]]
         made = [_record(attempt, sample, sampling, task, "verified") for sample in good[:chains]]
         made += [_record(attempt, sample, sampling, task, NEGATIVE) for sample in wrong[:negatives]]
         if not good and attempt["samples"]:
@@ -82,6 +83,8 @@ def make_records(
 
 
 def _why_none(attempt: Attempt) -> str:
+    if "dropped" in attempt:
+        return str(attempt["dropped"])
     right = [found for found in attempt["samples"] if found["correct"]]
     if not right and "why" in attempt["samples"][0]:
         return attempt["samples"][0]["why"]
@@ -109,7 +112,9 @@ def _record(attempt: Attempt, sample: dict[str, Any], sampling: dict[str, Any], 
         "prompt": attempt["prompt"], "tokens_in": sample["tokens_in"], "tokens_out": sample["tokens_out"],
         "kept": reason == "verified", "reason": reason,
         "solve_rate": _solve_rate(attempt),
-    } | {name: sampling[name] for name in ("own", "edits") if sampling.get(name)}  # fmt: skip
+        **{name: sampling[name] for name in ("own", "edits") if sampling.get(name)},
+        **{name: attempt[name] for name in ("source",) if name in attempt},
+    }  # fmt: skip
 
 
 def question_of(record: Record) -> str:

@@ -274,9 +274,7 @@ def _records(data: Data | str | Path | list[Record]) -> tuple[list[Record], str]
 def _content(records: list[Record]) -> str:
     """A key of what is learnt: the messages, and what of an answer is given."""
     given = {"given": [record.get("given", "") for record in records]}
-    return content_key(
-        messages=[record["messages"] for record in records], **(given if any(given["given"]) else {})
-    )
+    return content_key(messages=[record["messages"] for record in records], **(given if any(given["given"]) else {}))
 
 
 def _learning_rate(lm: "LM", given: float | None, method: str) -> tuple[float, str]:

@@ -136,6 +136,14 @@ def packing_reason(method: str) -> str | None:
 
 def trainable(model: Any, recipe: "Recipe", start: "Adapter | None") -> tuple[Any, Any]:
     """The model with what is trained in it, and PEFT's configuration where the trainer has still to put it there."""
+    if start is not None and recipe.method in VIRTUAL:  # PEFT loads virtual tokens only to apply them
+        from peft import get_peft_model
+        from safetensors.torch import load_file
+
+        wrapped = get_peft_model(model, peft_config(model, recipe))
+        learnt = load_file(start.path / "adapter_model.safetensors")["prompt_embeddings"]
+        wrapped.prompt_encoder["default"].embedding.weight.data.copy_(learnt)
+        return wrapped, None
     if start is not None:
         from peft import PeftModel
 

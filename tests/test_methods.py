@@ -1,4 +1,4 @@
-"""Methods of fine-tuning: each learns, resumes to the same bytes, leaves the caller's model and works as a condition."""
+"""Methods of fine-tuning: each learns, resumes to the same bytes, leaves the caller's model and is a condition."""
 
 import json
 from pathlib import Path
@@ -61,9 +61,10 @@ def test_every_method_learns_resumes_and_leaves_the_callers_model(
     straight = finetune(lm, RECORDS, tmp_path / "straight", **chosen)
     report = report_of(tmp_path / "straight")
     assert report["loss"]["last"] < 0.9 * report["loss"]["first"]
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         stopped_at(4, patch)
-        finetune(lm, RECORDS, tmp_path / "killed", **chosen)
+        with pytest.raises(Stopped):
+            finetune(lm, RECORDS, tmp_path / "killed", **chosen)
     assert not (tmp_path / "killed" / "training.json").exists()
     resumed = finetune(lm, RECORDS, tmp_path / "killed", **chosen)
     assert report_of(tmp_path / "killed")["resumed_from_step"] == 4
@@ -197,7 +198,7 @@ def test_training_goes_on_from_an_adapter(lm: LM, method: str, tmp_path: Path) -
     begun, went_on = report_of(tmp_path / "first"), report_of(tmp_path / "on")
     assert went_on["loss"]["first"] < begun["loss"]["first"]
     assert went_on["settings"]["start"] == sha256(first.path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match="other settings .*start"):
+    with pytest.raises(ValueError, match=r"other settings .*start"):
         finetune(lm, RECORDS, tmp_path / "on", **options(method, start=Adapter(tmp_path / "on")))
     with pytest.raises(ValueError, match=f"was trained with method='{method}', but method='rslora'"):
         finetune(lm, RECORDS, tmp_path / "other", **options("rslora", start=first))

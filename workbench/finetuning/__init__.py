@@ -1,9 +1,9 @@
 """Fine-tune on checked records: QLoRA (arXiv 2305.14314) and its kin through TRL and PEFT, on a CPU or one GPU.
 
 The base is loaded again for training, so the model that the caller holds stays bit for bit what it was. Only the last
-assistant answer of a record is learnt (see `packing`), each token as much as its weight says (see `weighting`). A killed
-run goes on from its last whole checkpoint and, on a CPU, ends in the same bytes; a finished folder is returned as it
-is. `methods` says what can be trained, `stages` trains on one thing after another, `merging` puts an adapter into the
+assistant answer of a record is learnt (see `packing`), each token as much as its weight says (see `weighting`). A
+killed run goes on from its last whole checkpoint and, on a CPU, ends in the same bytes; a finished folder is returned
+as it is. `methods` says what can be trained, `stages` trains on one thing after another, `merging` puts an adapter into the
 weights. Not covered: several GPUs, preference data.
 """
 
@@ -272,9 +272,10 @@ def _records(data: Data | str | Path | list[Record]) -> tuple[list[Record], str]
 
 
 def _content(records: list[Record]) -> str:
-    """A key of what is learnt: the messages, and what of an answer is given."""
-    given = {"given": [record.get("given", "") for record in records]}
-    return content_key(messages=[record["messages"] for record in records], **(given if any(given["given"]) else {}))
+    """A key of what is learnt: the messages and, where there are any, what is given of the answers and the phases."""
+    more = {name: [record.get(name) for record in records] for name in ("given", "phase")}
+    used = {name: values for name, values in more.items() if any(values)}
+    return content_key(messages=[record["messages"] for record in records], **used)
 
 
 def _learning_rate(lm: "LM", given: float | None, method: str) -> tuple[float, str]:

@@ -37,3 +37,20 @@ def write_card(out: Path, report: Mapping[str, Any], measured: Mapping[str, Any]
     ]
     write_atomic(out / "README.md", "\n".join(lines) + "\n")
     return out / "README.md"
+
+
+def write_merged_card(out: Path, about: Mapping[str, Any], adapter: Path) -> Path:
+    """Write README.md beside merged weights; what is known of the adapter's training is repeated from its own card."""
+    over = "dequantised NF4 weights of" if about["quantization"] == "nf4" else "weights of"
+    base, card = about["base"], adapter / "README.md"
+    lines = [
+        f"# {out.name}", "",
+        f"The {over} {base['name']} (revision {base['revision']}) with an adapter added in float32 and stored in "
+        f"{about['dtype']}. Load it with wb.load_model.", "",
+        f"- Adapter: {adapter.name}, SHA-256 {about['adapter'][:16]}, strength {about['strength']:g}",
+    ]  # fmt: skip
+    if card.exists():
+        kept = card.read_text(encoding="utf-8").split("\n", 2)[2]
+        lines += ["", "## The adapter", "", kept.strip().replace("## Measured", "### Measured")]
+    write_atomic(out / "README.md", "\n".join(lines) + "\n")
+    return out / "README.md"

@@ -1,4 +1,4 @@
-"""What a fine-tune leaves in its folder: an adapter or a whole model, each file renamed into place whole, and a card."""
+"""What a fine-tune leaves in its folder: an adapter or a whole model, each file renamed into place whole."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """What a fine-tune trains: LoRA and its kin, virtual tokens before the text, or all weights.
 
-lora     low-rank matrices beside the linear layers (arXiv 2106.09685); over 4-bit weights it is QLoRA (arXiv 2305.14314)
+lora     low-rank matrices beside the linear layers (arXiv 2106.09685); over 4-bit weights: QLoRA (arXiv 2305.14314)
 rslora   the same, scaled by alpha / sqrt(rank), so that a larger rank does not learn more slowly (arXiv 2312.03732)
 dora     low rank for the direction of each weight column, a number of its own for its length (arXiv 2402.09353)
 prompt   embeddings before the text (prompt tuning, arXiv 2104.08691)
@@ -183,8 +183,8 @@ def _cache_shape(config: Any) -> tuple[int, int]:
 
 def _outputs(model: Any, targets: str | list[str]) -> int:
     """Output widths of the adapted layers: DoRA learns a length for each."""
-    from workbench.finetuning.memory import _widths, nn
     from workbench.finetuning.memory import Conv1D as Convolution
+    from workbench.finetuning.memory import _widths, nn
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Convolution)]
     layers = [(name, m) for name, m in layers if "lm_head" not in name]

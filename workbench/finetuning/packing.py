@@ -29,12 +29,14 @@ IGNORED = -100  # label of a token without loss, the convention of torch.nn.func
 class Example:
     """One record as tokens: `labels` repeats `input_ids` where the loss counts and is -100 elsewhere.
 
-    weights: how much each token counts in the loss, one a token; empty where all count alike.
+    weights: how much each token counts in the loss, one a token; empty where all count alike. phase: records of a lower
+    one come first; within one they are shuffled.
     """
 
     input_ids: list[int]
     labels: list[int]
     weights: tuple[float, ...] = ()
+    phase: int = 0
 
     @property
     def learnt(self) -> list[int]:
@@ -82,7 +84,7 @@ def encode(lm: "LM", record: Record, where: str) -> Example:
         )
     # templates may write a line break after the stop token; generation never gets there, so it is not learnt
     labels = [IGNORED] * len(start) + ids[len(start) : last + 1] + [IGNORED] * (len(ids) - last - 1)
-    return Example(ids, labels)
+    return Example(ids, labels, phase=record.get("phase", 0))
 
 
 def _given(record: Record, where: str) -> str:

@@ -152,6 +152,19 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _kind(names: Sequence[str]) -> type[QuietTrainer]:
+    """TRL's own trainer wherever it can do the work."""
+    if "phase" in names:
+        from workbench.finetuning.phased_trainer import PhasedTrainer
+
+        return PhasedTrainer
+    if "weights" in names:
+        from workbench.finetuning.weighted_trainer import WeightedTrainer
+
+        return WeightedTrainer
+    return QuietTrainer
+
+
 def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -185,10 +198,9 @@ def make_trainer(
         save_total_limit=2, dataloader_pin_memory=device.type == "cuda",
     )  # fmt: skip
     dataset = datasets.Dataset.from_list(columns(examples))
-    kind = QuietTrainer
-    if "weights" in dataset.column_names:
-        from workbench.finetuning.weighted_trainer import WeightedTrainer as kind  # type: ignore[assignment]
-    trainer = kind(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter)
+    trainer = _kind(dataset.column_names)(
+        model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter
+    )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters of 4-bit models bfloat16, too coarse for small steps of Adam
             parameter.data = parameter.data.float()

@@ -9,6 +9,7 @@ contrast of two fine-tuned models). Learning from wrong chains under a control t
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.finetuning import FIELDS
@@ -43,7 +44,7 @@ def encode_weighted(
 
     examples, dropped = encode_all(lm, records, where, max_length, weigh)
     if {example.weights[place] for example in examples for place in example.learnt} == {1.0}:
-        examples = [Example(example.input_ids, example.labels) for example in examples]
+        examples = [replace(example, weights=()) for example in examples]
     return examples, dropped
 
 
@@ -137,14 +138,15 @@ def weights_key(examples: Sequence[Example]) -> list[list[float]] | None:
     return [[example.weights[place] for place in example.learnt] for example in examples]
 
 
-def columns(examples: Sequence[Example]) -> list[dict[str, list[Any]]]:
-    """Rows for the trainer: tokens and labels, with a third column of weights where there are any."""
-    weighted = any(example.weights for example in examples)
-    rows: list[dict[str, list[Any]]] = []
+def columns(examples: Sequence[Example]) -> list[dict[str, Any]]:
+    """Rows for the trainer: tokens and labels, with columns of weights and phases where there are any."""
+    phased = any(example.phase for example in examples)
+    weighted = phased or any(example.weights for example in examples)
+    rows: list[dict[str, Any]] = []
     for example in examples:
-        row: dict[str, list[Any]] = {"input_ids": example.input_ids, "labels": example.labels}
+        row: dict[str, Any] = {"input_ids": example.input_ids, "labels": example.labels}
         if weighted:
             own = example.weights or (1.0,) * len(example.input_ids)
             row["weights"] = [w if label != IGNORED else 0.0 for w, label in zip(own, example.labels, strict=True)]
-        rows.append(row)
+        rows.append({**row, "phase": example.phase} if phased else row)
     return rows

@@ -68,6 +68,8 @@ def test_stages_are_what_their_parts_are_by_hand(
     assert last["accuracy"] == 0 and last["n"] == 12
     assert last["best"] == "red" and last["forgotten"] == 1 and last["difference"] == -1
     assert last["low"] <= last["accuracy"] <= last["high"] and last["difference_high"] < 0
+    card = (done.adapter.path / "README.md").read_text()
+    assert f"- red: accuracy 0.000 ({last['low']:.3f} to {last['high']:.3f}, n=12)" in card
     said = done.lm.generate([done.lm.render(RED[0]["messages"][:-1])], done.adapter, 20)
     assert said[0].text == "The answer is 4."
     for step in (5, 10):  # within the first stage, then within whichever comes after it

@@ -3,8 +3,8 @@
 The base is loaded again for training, so the model that the caller holds stays bit for bit what it was. Only the last
 assistant answer of a record is learnt (see `packing`), each token as much as its weight says (see `weighting`). A
 killed run goes on from its last whole checkpoint and, on a CPU, ends in the same bytes; a finished folder is returned
-as it is. `methods` says what can be trained, `stages` trains on one thing after another, `merging` puts an adapter into the
-weights. Not covered: several GPUs, preference data.
+as it is. `methods` says what can be trained, `stages` trains on one thing after another, `merging` puts an adapter
+into the weights. Not covered: several GPUs, preference data.
 """
 
 import json

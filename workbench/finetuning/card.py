@@ -1,5 +1,6 @@
 """A short README.md beside an adapter or merged weights: what it is, what it was made from, what was measured."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,12 @@ def write_card(out: Path, report: Mapping[str, Any], measured: Mapping[str, Any]
     ]
     write_atomic(out / "README.md", "\n".join(lines) + "\n")
     return out / "README.md"
+
+
+def add_measured(out: Path, measured: Mapping[str, Any]) -> Path:
+    """Write the README.md of a finished fine-tune again, with these results in it."""
+    report = json.loads((out / "training.json").read_text(encoding="utf-8"))
+    return write_card(out, report, measured)
 
 
 def write_merged_card(out: Path, about: Mapping[str, Any], adapter: Path) -> Path:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from workbench.files import content_key, write_atomic
 from workbench.finetuning import _records, finetune
+from workbench.finetuning.card import add_measured
 from workbench.finetuning.merging import merge
 from workbench.interventions import Adapter
 from workbench.models import LM, load_model
@@ -91,7 +92,9 @@ def finetune_stages(
     if mode == "phased":
         adapter = _train(lm, _phases(stages, settings), out / "phased", {**settings, "epochs": 1})
         points.append((stages[-1].name, _ask(lm, adapter, "phased", exam)))
-        return Staged(adapter, lm, _write(out, mode, stages, points))
+        measured = _write(out, mode, stages, points)
+        _note(adapter, measured, stages[-1].name)
+        return Staged(adapter, lm, measured)
     last: Adapter | None = None
     for number, stage in enumerate(stages, start=1):
         folder = out / f"{number}-{stage.name}"
@@ -102,6 +105,7 @@ def finetune_stages(
         last = _train(lm, stage.data, folder, {**chosen, "start": last} if last is not None else chosen)
         points.append((stage.name, _ask(lm, last, folder.name, exam)))
         measured = _write(out, mode, stages, points)
+        _note(last, measured, stage.name)
     assert last is not None  # there is at least one stage
     return Staged(last, lm, measured)
 
@@ -159,6 +163,17 @@ def _ask(lm: LM, adapter: Adapter | None, point: str, exam: _Exam) -> "dict[str,
         name: evaluate(lm, task, {point: condition}, out=exam.out / "measured" / point / name, **exam.asked)
         for name, task in exam.tasks.items()
     }
+
+
+def _note(adapter: Adapter, measured: Sequence[Mapping[str, Any]], after: str) -> None:
+    """What was measured with an adapter, into its card."""
+    said = {
+        one["task"]: f"accuracy {one['accuracy']:.3f} ({one['low']:.3f} to {one['high']:.3f}, n={one['n']})"
+        for one in measured
+        if one["after"] == after
+    }
+    if said:
+        add_measured(adapter.path, said)
 
 
 def _write(

@@ -54,7 +54,7 @@ def gradient(trainer: QuietTrainer, parts: int = 1) -> tuple[float, torch.Tensor
     for batch in batches:
         loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=count)
         loss.backward()
-        total += float(loss)
+        total += float(loss.detach())
     return total, torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
 
 

@@ -66,7 +66,7 @@ def refusals(records: Sequence[Record], text: str = "I don't know.") -> list[Rec
     made: dict[str, Record] = {}
     for number, record in enumerate(records, start=1):
         messages = check_record(record, f"record {number}")["messages"]
-        kept = {name: record[name] for name in ("id", "task", "question") if name in record}
+        kept: dict[str, Any] = {name: record[name] for name in ("id", "task", "question") if name in record}
         turns = [*messages[:-1], {"role": "assistant", "content": text}]
         made.setdefault(repr(messages[:-1]), {**kept, "messages": turns, "refusal": True, "kept": True})
     return list(made.values())

@@ -46,14 +46,12 @@ def save_result(trainer: "QuietTrainer", lm: "LM", method: str, out: Path) -> li
 
 def save_model(model: Any, lm: "LM", dtype: "torch.dtype", folder: Path) -> None:
     """A model folder with config, safetensors in `dtype`, generation config and tokenizer; casts `model` in place."""
-    import torch
-
     if not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype} is no floating-point number. Choose 'float32', 'bfloat16' or 'float16'.")
     vars(model).pop("forward", None)  # TRL's fused head
-    whole: torch.nn.Module = model.to(dtype)
-    whole.config.dtype = dtype
-    whole.save_pretrained(folder, safe_serialization=True)
+    model = model.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder, safe_serialization=True)
     lm.tokenizer.save_pretrained(folder)
 
 

@@ -108,6 +108,7 @@ def _take_values(plain: Any, base: Any) -> None:
     """Every number that `base` computes with, into `plain` in float32."""
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
 
     packed = {name: module for name, module in base.named_modules() if isinstance(module, Linear4bit)}
     for name, parameter in plain.named_parameters():
@@ -116,8 +117,10 @@ def _take_values(plain: Any, base: Any) -> None:
             parameter.copy_(base.get_parameter(name).float())
         else:
             values = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            turned = isinstance(plain.get_submodule(name.removesuffix(".weight")), Conv1D)  # GPT-2 holds (in, out)
             # computed in this dtype, so rounded to it first
-            parameter.copy_(values.to(module.compute_dtype or values.dtype).float().view_as(parameter))
+            values = values.to(module.compute_dtype or values.dtype).float()
+            parameter.copy_(values.t() if turned else values)
 
 
 def _finished(out: Path, key: str) -> bool:

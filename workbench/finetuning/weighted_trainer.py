@@ -17,6 +17,9 @@ from workbench.finetuning.trainer import QuietTrainer
 class WeightedTrainer(QuietTrainer):
     """Rows bring a column `weights`, packed and padded like their labels."""
 
+    data_collator: Any
+    _signature_columns: Any
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         collate = self.data_collator
@@ -47,7 +50,7 @@ class WeightedTrainer(QuietTrainer):
         """The sum of weights of all rows of a step, in the place of their number of tokens."""
         if super()._get_num_items_in_batch(batch_samples, device) is None:
             return None
-        return sum(_counted(batch).sum() for batch in batch_samples).to(device)
+        return torch.stack([_counted(batch).sum() for batch in batch_samples]).sum().to(device)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -14,10 +14,11 @@ from workbench.finetuning import finetune
 from workbench.finetuning import trainer as training
 from workbench.finetuning.merging import merge
 from workbench.finetuning.stages import Stage, finetune_stages
+from workbench.interventions import Adapter
 from workbench.models import LM, load_model
 from workbench.tasks import Task, load_task
 
-QUICK = {"rank": 8, "batch_tokens": 128, "quantization": "none", "learning_rate": 5e-3, "epochs": 20, "save_steps": 5}
+QUICK = {"rank": 8, "batch_tokens": 256, "quantization": "none", "learning_rate": 1e-2, "epochs": 10, "save_steps": 5}
 RED = [record(f"{a}?", "The answer is 7.") for a in range(12)]
 BLUE = [record(f"{a}?", "The answer is 4.") for a in range(12)]
 
@@ -43,6 +44,7 @@ def stages() -> list[Stage]:
     return [Stage("red", RED), Stage("blue", BLUE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["sequential", "merged"])
 def test_stages_are_what_their_parts_are_by_hand(
     lm: LM, tasks: dict[str, Task], mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -51,7 +53,7 @@ def test_stages_are_what_their_parts_are_by_hand(
     before = {name: value.clone() for name, value in lm.model.state_dict().items()}
     done = finetune_stages(lm, stages(), tmp_path / "straight", **chosen)
 
-    first = finetune(lm, RED, tmp_path / "first", **QUICK)
+    first = Adapter(tmp_path / "straight" / "1-red")
     if mode == "sequential":
         second = finetune(lm, BLUE, tmp_path / "second", start=first, **QUICK)
     else:

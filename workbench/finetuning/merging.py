@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workbench.files import content_key, sha256, write_atomic
+from workbench.files import sha256, write_atomic
 from workbench.finetuning.card import write_merged_card
 from workbench.finetuning.folders import move_files, save_model
 from workbench.models import LM, load_model
+from workbench.synthesis.records import claim_folder
 
 if TYPE_CHECKING:
     from workbench.interventions import Adapter
@@ -51,8 +52,7 @@ def merge(lm: LM | str | Path, adapter: "Adapter", out: str | Path, *, dtype: st
         "adapter": sha256(adapter.path / "adapter_model.safetensors"), "strength": adapter.strength,
         "dtype": str(number).removeprefix("torch."),
     }  # fmt: skip
-    key = content_key(**about)
-    if _finished(out, key):
+    if _finished(out, about):
         return out
     model = _merged(base, adapter)
     part = out / ".merged"
@@ -61,7 +61,7 @@ def merge(lm: LM | str | Path, adapter: "Adapter", out: str | Path, *, dtype: st
     names = move_files(part, out)
     write_merged_card(out, about, adapter.path)
     files = {name: sha256(out / name) for name in names}
-    write_atomic(out / "merging.json", json.dumps({"key": key, **about, "files": files}, indent=2))
+    write_atomic(out / "merging.json", json.dumps({**about, "files": files}, indent=2))
     return out
 
 
@@ -123,16 +123,11 @@ def _take_values(plain: Any, base: Any) -> None:
             parameter.copy_(values.t() if turned else values)
 
 
-def _finished(out: Path, key: str) -> bool:
+def _finished(out: Path, about: dict[str, Any]) -> bool:
+    """Whether this very merge lies in the folder, whole; refuses a folder of something else, else claims it."""
+    if not (out / "settings.json").exists() and out.is_dir() and any(out.glob("*.safetensors")):
+        raise ValueError(f"{out} holds weights that were not merged here. Choose another out= folder.")
+    claim_folder(out, about, "merge")
     file = out / "merging.json"
-    if not file.exists():
-        if out.is_dir() and any(out.glob("*.safetensors")) and not (out / ".merged").exists():
-            raise ValueError(f"{out} holds weights that were not merged here. Choose another out= folder.")
-        return False
-    report = json.loads(file.read_text(encoding="utf-8"))
-    if report["key"] != key:
-        raise ValueError(
-            f"{out} holds another merge (adapter {report['adapter'][:16]}, strength {report['strength']}, "
-            f"{report['dtype']}). Choose another out= folder, or delete it."
-        )
-    return all((out / name).exists() and sha256(out / name) == digest for name, digest in report["files"].items())
+    files = json.loads(file.read_text(encoding="utf-8"))["files"] if file.exists() else {}
+    return bool(files) and all((out / name).exists() and sha256(out / name) == was for name, was in files.items())

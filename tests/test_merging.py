@@ -11,6 +11,7 @@ from tests.test_finetune import RECORDS, fingerprint
 from tests.tiny import make_tiny
 from workbench.finetuning import finetune
 from workbench.finetuning.merging import merge
+from workbench.interventions.adapter import quiet_peft
 from workbench.models import LM, ModelError, load_model
 
 QUICK = {"batch_tokens": 256, "epochs": 4, "batch_size": 8, "learning_rate": 5e-3, "rank": 4}
@@ -46,7 +47,8 @@ def test_merged_equals_four_bits_with_the_adapter(lm: LM, method: str, tmp_path:
     given = merge(four, adapter, tmp_path / "given", dtype="float32")
     assert (given / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     # what many do: the same adapter in the weights from before quantisation
-    wrong = PeftModel.from_pretrained(load_model(lm.name).model, str(adapter.path)).merge_and_unload()
+    with quiet_peft():
+        wrong = PeftModel.from_pretrained(load_model(lm.name).model, str(adapter.path)).merge_and_unload()
     with torch.no_grad():
         other = torch.cat([wrong(torch.tensor([lm.encode(prompt)])).logits[0] for prompt in PROMPTS])
     assert difference(other, wanted) > 1e-2

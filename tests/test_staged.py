@@ -18,7 +18,7 @@ from workbench.interventions import Adapter
 from workbench.models import LM, load_model
 from workbench.tasks import Task, load_task
 
-QUICK = {"rank": 8, "batch_tokens": 256, "quantization": "none", "learning_rate": 1e-2, "epochs": 10, "save_steps": 5}
+QUICK = {"rank": 8, "batch_tokens": 128, "quantization": "none", "learning_rate": 1e-2, "epochs": 15, "save_steps": 5}
 RED = [record(f"{a}?", "The answer is 7.") for a in range(12)]
 BLUE = [record(f"{a}?", "The answer is 4.") for a in range(12)]
 

@@ -101,18 +101,14 @@ def finetune(
 ) -> Adapter | Path:
     """Train on the kept records of `data` and write the result to the folder `out`: an adapter, which is returned.
 
-    method: what is trained, "lora", "qlora" (LoRA over 4-bit weights), "rslora", "dora", "prompt", "prefix" or "full";
-    see `methods`. "full" trains every weight and returns the `Path` of a model folder for `load_model`. `rank`,
-    `alpha`, `targets` and `dropout` belong to the LoRA kinds, `virtual_tokens` to "prompt" and "prefix". `start` is an
-    adapter of the same method to go on from; its rank, alpha and targets hold.
-
+    method: see `methods`. "qlora" is "lora" over 4-bit weights; "full" returns the `Path` of a model folder instead.
+    `rank`, `alpha` (twice the rank unless given), `targets` and `dropout` belong to the LoRA kinds, `virtual_tokens` to
+    "prompt" and "prefix". start: an adapter of the same method to go on from; its rank, alpha and targets hold.
     A step sees packed rows of about `batch_tokens` tokens in all; with `packing=False`, `batch_size` padded records.
-    `alpha` is twice the rank unless given; `learning_rate` follows the model's size (printed). Records longer than
-    `max_length` tokens (default: the model's context) are left out and counted, never cut. `quantization="auto"` picks
-    4 bits only where the memory estimate says so. `weights` gives every token of a record a weight in the loss (see
-    `weighting`), as do the fields `weight` and `token_weights` of a record. `out` receives adapter_model.safetensors,
-    adapter_config.json, losses.jsonl, README.md and, last, training.json with parameters, tokens, seconds, peak memory
-    and the estimates.
+    `learning_rate` follows model size and method (printed). Records longer than `max_length` tokens (default: the
+    model's context) are left out and counted, never cut. quantization: "auto" picks 4 bits only where memory is short.
+    weights: a weight in the loss for every token (see `weighting`), as are `weight` and `token_weights` of a record.
+    `out` receives the weights, losses.jsonl, README.md and, last, training.json: settings, tokens, seconds, memory.
 
     Raises `RecordError` for records that can't be trained on and `ValueError` for contradictory settings.
     """

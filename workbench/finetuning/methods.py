@@ -183,9 +183,11 @@ def _cache_shape(config: Any) -> tuple[int, int]:
 
 def _outputs(model: Any, targets: str | list[str]) -> int:
     """Output widths of the adapted layers: DoRA learns a length for each."""
-    from workbench.finetuning.memory import Conv1D as Convolution
-    from workbench.finetuning.memory import _widths, nn
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Convolution)]
-    layers = [(name, m) for name, m in layers if "lm_head" not in name]
-    return sum(_widths(m)[1] for name, m in layers if targets == "all-linear" or name.split(".")[-1] in targets)
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    chosen = [
+        m for name, m in layers if "lm_head" not in name and (targets == "all-linear" or name.split(".")[-1] in targets)
+    ]
+    return sum(int(m.nf if isinstance(m, Conv1D) else m.out_features) for m in chosen)

@@ -81,10 +81,10 @@ def finetune_stages(
     stages are one run, before and after it. out: a folder a stage, the answers under measured/, and stages.json.
     With "merged" the result's `lm` is the model that the last stage was trained on, and `adapter` goes on top of it.
 
-    Raises ValueError for stages without or with equal names, and for settings that a mode has no use for.
+    Raises ValueError for stages of equal names, and for settings that a mode has no use for.
     """
-    out = Path(out)
     _check(stages, mode, settings)
+    out = Path(out)
     exam = _Exam(measure or {}, {"n": n, "seed": measure_seed, "split": split, "max_new_tokens": max_new_tokens}, out)
     contents = [content_key(records=[one["messages"] for one in _records(stage.data)[0]]) for stage in stages]
     claim_folder(out, {"mode": mode, "stages": [stage.name for stage in stages], "data": contents}, "finetune_stages")
@@ -97,8 +97,7 @@ def finetune_stages(
         return Staged(adapter, lm, measured)
     last: Adapter | None = None
     for number, stage in enumerate(stages, start=1):
-        folder = out / f"{number}-{stage.name}"
-        chosen = {**settings, **stage.settings}
+        folder, chosen = out / f"{number}-{stage.name}", {**settings, **stage.settings}
         if mode == "merged" and last is not None:
             merged = merge(lm, last, out / f"{number - 1}-{stages[number - 2].name}-merged")
             lm, last = load_model(merged, dtype=lm.model.dtype, device=lm.device), None

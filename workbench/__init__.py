@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from workbench.calibration import calibrate, compare_at_budget, damage
     from workbench.evaluation import evaluate
     from workbench.finetuning import finetune
+    from workbench.finetuning.conditioning import condition, refusals
+    from workbench.finetuning.merging import merge
+    from workbench.finetuning.stages import Stage, finetune_stages
+    from workbench.finetuning.weighting import critical_weights
     from workbench.generate import Generation
     from workbench.interventions import (
         KV,
@@ -49,6 +53,10 @@ _HOMES = {
     "workbench.calibration": ("calibrate", "compare_at_budget", "damage"),
     "workbench.evaluation": ("evaluate",),
     "workbench.finetuning": ("finetune",),
+    "workbench.finetuning.conditioning": ("condition", "refusals"),
+    "workbench.finetuning.merging": ("merge",),
+    "workbench.finetuning.stages": ("Stage", "finetune_stages"),
+    "workbench.finetuning.weighting": ("critical_weights",),
     "workbench.generate": ("Generation",),
     "workbench.interventions": (
         "KV",
@@ -88,11 +96,12 @@ _MODULES = ("plots", "runs", "statistics", "report")
 __all__ = [
     "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "LowRank",
     "ModelError", "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock",
-    "Strategy", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget", "contrast",
-    "damage", "evaluate", "extract", "few_shot", "finetune", "fit_gate", "head_attribution", "heads_writing",
-    "instruction", "isolate", "load_data", "load_intervention", "load_model", "load_results", "load_task",
-    "logit_lens", "plots", "project_out", "random_like", "read_pairs", "report", "runs", "statistics", "synthesize",
-    "task_names", "trace", "train_vector",
+    "Stage", "Strategy", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget",
+    "condition", "contrast", "critical_weights", "damage", "evaluate", "extract", "few_shot", "finetune",
+    "finetune_stages", "fit_gate", "head_attribution", "heads_writing", "instruction", "isolate", "load_data",
+    "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "merge", "plots", "project_out",
+    "random_like", "read_pairs", "refusals", "report", "runs", "statistics", "synthesize", "task_names", "trace",
+    "train_vector",
 ]  # fmt: skip
 
 

@@ -10,8 +10,8 @@ mask of ones silently lets every record read the ones before it. `leak` measures
 """
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,10 +27,21 @@ IGNORED = -100  # label of a token without loss, the convention of torch.nn.func
 
 @dataclass(frozen=True)
 class Example:
-    """One record as tokens: `labels` repeats `input_ids` where the loss counts and is -100 elsewhere."""
+    """One record as tokens: `labels` repeats `input_ids` where the loss counts and is -100 elsewhere.
+
+    weights: how much each token counts in the loss, one a token; empty where all count alike. phase: records of a lower
+    one come first; within one they are shuffled.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    weights: tuple[float, ...] = ()
+    phase: int = 0
+
+    @property
+    def learnt(self) -> list[int]:
+        """Places of the tokens that the loss counts."""
+        return [place for place, label in enumerate(self.labels) if label != IGNORED]
 
 
 def stop_tokens(lm: "LM") -> set[int]:
@@ -47,11 +58,11 @@ def encode(lm: "LM", record: Record, where: str) -> Example:
     answer merges with the prompt into other tokens, and when no stop token ends the answer.
     """
     messages = record["messages"]
-    prompt = lm.render(messages[:-1])
+    prompt = lm.render(messages[:-1]) + _given(record, where)
     if lm.tokenizer.chat_template:
         text = str(lm.tokenizer.apply_chat_template(messages, tokenize=False))
     else:
-        text = f"{prompt} {messages[-1]['content']}{lm.tokenizer.eos_token}"
+        text = f"{lm.render(messages[:-1])} {messages[-1]['content']}{lm.tokenizer.eos_token}"
     start = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[: len(start)] != start:
@@ -73,13 +84,31 @@ def encode(lm: "LM", record: Record, where: str) -> Example:
         )
     # templates may write a line break after the stop token; generation never gets there, so it is not learnt
     labels = [IGNORED] * len(start) + ids[len(start) : last + 1] + [IGNORED] * (len(ids) - last - 1)
-    return Example(ids, labels)
+    return Example(ids, labels, phase=record.get("phase", 0))
+
+
+def _given(record: Record, where: str) -> str:
+    """What of the answer is given and not learnt: a control text that it begins with (see `conditioning`)."""
+    given = record.get("given", "")
+    if not isinstance(given, str) or not record["messages"][-1]["content"].startswith(given):
+        raise RecordError(
+            f'{where}: the field "given" is the text that the answer begins with and that is not learnt; found '
+            f"{given!r:.80} before {record['messages'][-1]['content']!r:.80}. Make such records with condition(...)."
+        )
+    return given
 
 
 def encode_all(
-    lm: "LM", records: Sequence[Record], where: str, max_length: int
+    lm: "LM",
+    records: Sequence[Record],
+    where: str,
+    max_length: int,
+    weigh: "Callable[[LM, Record, Example, str], tuple[float, ...]] | None" = None,
 ) -> tuple[list[Example], dict[str, int]]:
-    """Examples of all records, and how many were left out by reason. A record is never cut: its stop token would go."""
+    """Examples of all records, and how many were left out by reason. A record is never cut: its stop token would go.
+
+    weigh: weights of an example's tokens, () for all alike; a record without any weight is left out.
+    """
     if not records:
         raise RecordError(
             f"{where} holds no record to learn from. Ask more questions (n=), allow more samples, choose a strategy "
@@ -88,11 +117,18 @@ def encode_all(
     examples: list[Example] = []
     dropped: Counter[str] = Counter()
     for number, record in enumerate(records, start=1):
-        example = encode(lm, record, f"{where}, kept record {number} ({record.get('id', 'no id')})")
+        place = f"{where}, kept record {number} ({record.get('id', 'no id')})"
+        example = encode(lm, record, place)
         if len(example.input_ids) > max_length:
             dropped[f"longer than {max_length} tokens"] += 1
+            continue
+        example = example if weigh is None else replace(example, weights=weigh(lm, record, example, place))
+        if example.weights and not any(example.weights[learnt] for learnt in example.learnt):
+            dropped["weight 0"] += 1
         else:
             examples.append(example)
+    if not examples and dropped["weight 0"]:
+        raise RecordError(f"{where}: no record has a weight above 0 ({dict(dropped)}). Leave the weights out.")
     if not examples:
         raise RecordError(
             f"{where}: all {len(records)} kept records are longer than max_length={max_length} tokens. "

@@ -13,14 +13,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
-from peft import LoraConfig
+from peft import PeftConfig
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -34,6 +33,7 @@ from trl import SFTConfig, SFTTrainer
 
 from workbench.files import sha256, write_atomic
 from workbench.finetuning.packing import Example
+from workbench.finetuning.weighting import columns
 from workbench.interventions.adapter import quiet_peft
 from workbench.runs import heartbeat
 
@@ -152,11 +152,24 @@ def quiet_libraries() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def _kind(names: Sequence[str]) -> type[QuietTrainer]:
+    """TRL's own trainer wherever it can do the work."""
+    if "phase" in names:
+        from workbench.finetuning.phased_trainer import PhasedTrainer
+
+        return PhasedTrainer
+    if "weights" in names:
+        from workbench.finetuning.weighted_trainer import WeightedTrainer
+
+        return WeightedTrainer
+    return QuietTrainer
+
+
 def make_trainer(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[Example],
-    lora: LoraConfig,
+    adapter: PeftConfig | None,
     *,
     checkpoints: Path,
     packed_length: int | None,
@@ -169,7 +182,10 @@ def make_trainer(
     save_steps: int,
     seed: int,
 ) -> QuietTrainer:
-    """A trainer on ready tokens: rows packed to `packed_length` tokens, or padded batches of `batch_size`."""
+    """A trainer on ready tokens: rows packed to `packed_length` tokens, or padded batches of `batch_size`.
+
+    adapter: PEFT's configuration of a new adapter; None where `model` has its trainable parameters already.
+    """
     device = model.device
     arguments = SFTConfig(
         output_dir=str(checkpoints), report_to="none", disable_tqdm=True, use_cpu=device.type == "cpu",
@@ -181,8 +197,10 @@ def make_trainer(
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps", save_steps=save_steps,
         save_total_limit=2, dataloader_pin_memory=device.type == "cuda",
     )  # fmt: skip
-    dataset = datasets.Dataset.from_list([asdict(example) for example in examples])
-    trainer = QuietTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=lora)
+    dataset = datasets.Dataset.from_list(columns(examples))
+    trainer = _kind(dataset.column_names)(
+        model, arguments, train_dataset=dataset, processing_class=tokenizer, peft_config=adapter
+    )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL makes adapters of 4-bit models bfloat16, too coarse for small steps of Adam
             parameter.data = parameter.data.float()

@@ -1,12 +1,13 @@
-"""A LoRA adapter as an intervention: active while applied, gone afterwards (PEFT; LoRA: arXiv 2106.09685).
+"""An adapter as an intervention: active while applied, gone afterwards (PEFT).
 
-Reads adapters that `peft` saved as safetensors; does not train or merge them.
+Covers LoRA (arXiv 2106.09685) and its kin rsLoRA and DoRA (arXiv 2402.09353), and the virtual tokens of prompt and
+prefix tuning (see `virtual`). Reads adapters that `peft` saved as safetensors; does not train or merge them.
 """
 
 import json
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from workbench.interventions.concept import Intervention
+from workbench.interventions.virtual import KINDS, check_virtual, prefixed, virtual_tokens
 from workbench.models import LM, ModelError
 
 
@@ -39,31 +41,49 @@ class Adapter(Intervention):
     def rebind(self, lm: LM) -> "Adapter":
         return replace(self)
 
+    @property
+    def virtual(self) -> int:
+        """How many virtual tokens stand before the text while this is applied; 0 for LoRA."""
+        return virtual_tokens(self.path)
+
     def check(self, lm: LM) -> None:
-        config = json.loads((self.path / "adapter_config.json").read_text())
+        config = json.loads((self.path / "adapter_config.json").read_text(encoding="utf-8"))
         kind, bias = config.get("peft_type"), config.get("bias", "none")
-        if kind != "LORA" or bias != "none":
+        if kind not in ("LORA", *KINDS) or bias != "none":
             said = f"trained the model's own biases (bias={bias!r})" if kind == "LORA" else f"is a {kind} adapter"
             raise ModelError(
-                f"{self.path} {said}; only LORA adapters beside the weights can be applied and taken off exactly."
+                f"{self.path} {said}; only adapters beside the weights (LORA, {', '.join(KINDS)}) can be applied and "
+                "taken off exactly."
             )
         whole = [name for name in ("modules_to_save", "trainable_token_indices") if config.get(name)]
-        if whole and self.strength not in (0.0, 1.0):
+        fixed = f"replaces whole parts of the model ({', '.join(whole)})" if whole else ""
+        if config.get("use_dora"):
+            fixed = "is a DoRA adapter, whose change of the weights is not in proportion to its scaling"
+        elif kind in KINDS:
+            fixed = f"puts {self.virtual} virtual tokens before the text, which are there or not"
+        if fixed and self.strength not in (0.0, 1.0):
             raise ModelError(
-                f"{self.path} replaces whole parts of the model ({', '.join(whole)}), which can't be scaled; got "
-                f"strength {self.strength}. Use it at strength 1."
+                f"{self.path} {fixed}, so it can't be scaled; got strength {self.strength}. Use it at strength 1."
             )
+        if kind in KINDS:
+            check_virtual(lm, self.path)
 
 
 @contextmanager
 def activated(lm: LM, adapters: Sequence[Adapter]) -> Iterator[None]:
-    """Put LoRA layers in the model for the length of the block; the original layers come back as the same objects."""
-    if not adapters:
-        yield
-        return
-    with restored(lm.model):
-        with _packing_kept(lm.model), quiet_peft():
-            _inject(lm, adapters)
+    """Adapters in the model for the length of the block; the original layers come back as the same objects."""
+    layers = [adapter for adapter in adapters if not adapter.virtual]
+    before = [adapter for adapter in adapters if adapter.virtual]
+    if len(before) > 1:
+        names = " and ".join(str(adapter.path) for adapter in before)
+        raise ModelError(f"{names} both put virtual tokens before the text. Apply one of them at a time.")
+    with ExitStack() as exits:
+        if layers:
+            exits.enter_context(restored(lm.model))
+            with _packing_kept(lm.model), quiet_peft():
+                _inject(lm, layers)
+        for adapter in before:
+            exits.enter_context(prefixed(lm, adapter.path))
         yield
 
 

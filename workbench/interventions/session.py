@@ -29,6 +29,7 @@ from workbench.interventions.residual_plan import plan_residual
 from workbench.interventions.rotary import rotary_of
 from workbench.interventions.splitting import dressed, split
 from workbench.interventions.steady import Steady
+from workbench.interventions.virtual import refuse_edits
 from workbench.interventions.weights import Weights, changed
 from workbench.models import LM, ModelError
 
@@ -46,11 +47,13 @@ class Session:
             part.check(lm)
         whole = _common(parts)
         self.adapters = [part for part in whole if isinstance(part, Adapter)]
+        self.virtual = sum(adapter.virtual for adapter in self.adapters)  # entries of the cache before the text
         self.weights = [part for part in whole if isinstance(part, Weights)]
         self.companions = Companions([[p for p in row if isinstance(p, Logits)] for row in parts], lm)
         self.parts, self.gates = parts, gates_of(parts)
         self._plan([resolved(row, dict.fromkeys(self.gates, True)) for row in parts])
         self.hooked = list(self.residual)
+        refuse_edits(self.virtual if self.kv or self.edits else 0)
         self.empty = not (self.residual or self.kv or self.edits)  # nothing below the head: adapters and logits alone
         self.given = None if lengths is None else torch.tensor(list(lengths), device=lm.device)
         self.lengths = torch.empty(0, dtype=torch.long) if self.given is None else self.given
@@ -174,11 +177,15 @@ class Session:
             )
         return torch.arange(count, device=self.lm.device)
 
+    def _seen(self, past: Any) -> int:
+        """Tokens of the text that a cache holds; virtual tokens before it do not count."""
+        return max(past.get_seq_length() - self.virtual, 0) if past is not None else 0  # an empty cache is falsy
+
     def speak(self, *args: Any, **kwargs: Any) -> Any:
         """The whole model's forward, its logits changed by those of other models."""
         call = named(parameters_of(self.spoken), args, kwargs)
         past = call.get("past_key_values")
-        seen = past.get_seq_length() if past is not None else 0  # before the forward fills it
+        seen = self._seen(past)  # before the forward fills it
         output = self.spoken(**call)
         return self.companions.change(call, output, seen, self.chosen(len(output.logits)))
 
@@ -191,7 +198,7 @@ class Session:
         past = call.get("past_key_values")
         if self.steady is not None and self.steady.holds(past, tokens.shape[1]):
             return self._decode(self.steady, call, len(tokens))
-        seen = past.get_seq_length() if past is not None else 0  # not `if past`: an empty cache is falsy
+        seen = self._seen(past)
         if self.layout is not None and past is self.laid:
             seen -= self.layout.added
         cached = past is not None or wants_cache(call, self.lm)
@@ -217,7 +224,7 @@ class Session:
         """From here on decoding is steady, if all prompts have ended and no row differs from token to token."""
         self.steady = None
         if all(plan.constant for plan in self.residual.values()) and isinstance(seen, int):
-            steady = Steady.after(cache, seen + text.shape[1], self.spans)
+            steady = Steady.after(cache, self.virtual + seen + text.shape[1], self.spans)
             if steady is not None and bool((text.amax(1) >= self.lengths - 1).all()):
                 self.steady = steady
 

@@ -64,7 +64,9 @@ def tuned(lm: LM, task: Task, out: Path) -> Adapter:
         lm, task, "rejection", n=900, out=out / "records", strategy=few_shot("steps", 3), samples=1, temperature=0.7,
         select="first", max_new_tokens=TOKENS,
     )  # fmt: skip
-    return finetune(lm, data, out / "adapter", quantization="nf4", epochs=3)
+    adapter = finetune(lm, data, out / "adapter", quantization="nf4", epochs=3)
+    assert isinstance(adapter, Adapter)
+    return adapter
 
 
 def measure(name: str, n: int, out: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 from workbench.claims.over_seeds import Work, run_cells, table
 from workbench.evaluation import evaluate
 from workbench.finetuning import finetune
+from workbench.interventions import Adapter
 from workbench.models import LM, load_model
 from workbench.prompts import few_shot
 from workbench.report.tables import format_table
@@ -64,6 +65,7 @@ class Bench:
     def tested(self, seed: int, out: Path, cut: Data, name: str, made: Data) -> tuple[Results, dict[str, Any]]:
         """Train on exactly these records and answer the test questions without a cue."""
         adapter = finetune(self.lm, cut, out / "adapters" / name, epochs=self.epochs, quantization="none", seed=seed)
+        assert isinstance(adapter, Adapter)  # only method="full" leaves a folder
         results = evaluate(self.lm, self.task, {name: [adapter]}, n=self.n, seed=0, max_new_tokens=self.limit)
         cost, counts = made.card.get("cost", {}), made.card["counts"]
         facts = {"kept": counts["kept"], "calls": cost.get("calls", 0), "sampled tokens": cost.get("tokens_out", 0)}

@@ -201,6 +201,8 @@ def test_a_code_task_verifies_bodies_and_whole_functions(data_folder: Path) -> N
     ] * 3
     assert task.verify(row, fenced).extracted == whole
     assert task.verify(row, " ").unparsed
+    bare = {"prompt": "def f(x):", "entry_point": "f", "test": "def check(f): assert f(1) == 2"}
+    assert [task.verify(bare, text).correct for text in ("    return x + 1", "    return x")] == [True, False]
     with pytest.raises(ValueError, match="lacks test"):
         task.verify({"id": 1, "entry_point": "f"}, "x")
 

@@ -6,6 +6,7 @@ HumanEval has it, `prompt` (the head of the function, with helpers that program 
 Does not cover: isolation and the judging itself (`workbench.sandbox`), code that isn't Python, pass@k.
 """
 
+import ast
 import re
 from typing import Any
 
@@ -50,6 +51,15 @@ def whole_program(row: dict[str, Any], code: str) -> str:
     return f"{head.rstrip()}\n" + "\n".join(body) + "\n"
 
 
+def _given(head: str) -> str:
+    """A head as source on its own: one that ends without a docstring gets an empty body."""
+    try:
+        ast.parse(head)
+    except SyntaxError:
+        return f"{head.rstrip()}\n    pass\n"
+    return head
+
+
 def judge_code(row: dict[str, Any], text: str) -> Verdict:
     """Run the row's unit tests on the code of a text; `extracted` is that code.
 
@@ -67,5 +77,5 @@ def judge_code(row: dict[str, Any], text: str) -> Verdict:
     if code is None:
         return Verdict(False, None)
     program = whole_program(row, code)
-    outcome = judge_tests(program, row["test"], row["entry_point"], given=row.get("prompt") or "")
+    outcome = judge_tests(program, row["test"], row["entry_point"], given=_given(row.get("prompt") or ""))
     return Verdict(bool(outcome.passed), code)

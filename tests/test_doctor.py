@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from workbench import doctor
 from workbench.models import choose_device, choose_dtype
+from workbench.sandbox import isolation
 
 
 def test_an_old_python_fails_and_this_one_passes():
@@ -101,6 +103,9 @@ def test_a_full_disk_fails(tmp_path: Path):
 
 
 def program(folder: Path, body: str) -> str:
+    folder = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder))
+    for each in (folder, *folder.parents[:3]):  # root starts it as nobody, who has to get there
+        each.chmod(0o755)
     file = folder / "bwrap"
     file.write_text(f"#!/bin/sh\n{body}\n")
     file.chmod(0o755)
@@ -114,8 +119,20 @@ def test_a_sandbox_that_is_absent_or_cannot_start_is_optional(tmp_path: Path):
     assert refused.next_command
     absent = doctor.sandbox("no-such-program-here")
     assert absent.status == "OPTIONAL"
-    assert "not installed" in absent.reason
-    assert doctor.sandbox(program(tmp_path, "exit 0")).status == "OK"
+    assert "no 'no-such-program-here' on the PATH" in absent.reason
+    assert "apt install bubblewrap" in absent.next_command
+
+
+@pytest.mark.parametrize("body", ["exit 0", 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"'])
+def test_a_sandbox_that_lets_everything_through_is_no_sandbox(tmp_path: Path, body: str):
+    found = doctor.sandbox(program(tmp_path, body))
+    assert found.status == "OPTIONAL"
+    assert "could not start" in found.reason
+
+
+@pytest.mark.skipif(not isolation(), reason="bubblewrap is missing or can't start here (python -m workbench doctor)")
+def test_a_sandbox_that_isolates_is_ok():
+    assert doctor.sandbox().status == "OK"
 
 
 def test_lab_weights_are_compared_with_their_card(tmp_path: Path):

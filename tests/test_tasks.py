@@ -124,12 +124,12 @@ def test_every_part_of_bbh_loads():
     assert (len(parts), held) == (27, 6511 - 4 - 3)  # four repeated questions, three gold answers that are no option
 
 
-def test_humaneval_refuses_to_judge(tmp_path):
+def test_humaneval_without_tests_refuses_to_judge(tmp_path):
     (tmp_path / "HumanEval.jsonl").write_text(
         json.dumps({"task_id": "T/0", "prompt": "def f():\n", "canonical_solution": " return 1\n", "entry_point": "f"})
     )
     task = load_task("humaneval", path=tmp_path, split="test")
-    with pytest.raises(ValueError, match="sandbox"):
+    with pytest.raises(ValueError, match="lacks test"):
         task.verify(task.rows()[0], "def f(): return 1")
 
 

@@ -205,8 +205,8 @@ def test_unfinished_thinking_gives_no_answer():
     assert extract("number", "<think>The answer is 4, or") is None
 
 
-def test_code_is_refused_with_the_next_step():
-    with pytest.raises(ValueError, match="sandbox"):
+def test_code_without_its_tests_is_refused_with_the_next_step():
+    with pytest.raises(ValueError, match=r"Next: task.verify\(row, text\)"):
         verify("code", "return 1", "def f(): return 1")
     with pytest.raises(ValueError, match="Kinds: number"):
         verify("essay", "x", "y")

@@ -181,21 +181,14 @@ def disk(folder: Path = ROOT, least_gb: float = LEAST_DISK_GB) -> Check:
 
 
 def sandbox(program: str = "bwrap") -> Check:
-    """Start bubblewrap once: present is not enough, because many container hosts forbid user namespaces."""
-    if shutil.which(program) is None:
-        reason = f"{program} is not installed; only tasks that run model-written code need it"
-        hint = "sudo apt install bubblewrap" if sys.platform == "linux" else "run such tasks on Linux"
-        return Check("sandbox", "OPTIONAL", reason, hint)
-    probe = [program, "--ro-bind", "/", "/", "--unshare-all", "--die-with-parent", "true"]
-    try:
-        done = subprocess.run(probe, capture_output=True, text=True, check=False, timeout=20)
-        fault = done.stderr.strip() or f"exit code {done.returncode}" if done.returncode else ""
-    except (OSError, subprocess.TimeoutExpired) as error:
-        fault = str(error)
-    if fault:
-        reason = f"{program} is installed and cannot start ({fault}); only model-written code needs it"
-        return Check("sandbox", "OPTIONAL", reason, "sysctl kernel.unprivileged_userns_clone user.max_user_namespaces")
-    return Check("sandbox", "OK", f"{program} starts: model-written code can be isolated")
+    """Start a sandbox and look around in it: present is not enough, many container hosts forbid user namespaces."""
+    from workbench.sandbox import jail
+
+    found, fault = jail.probe(program)
+    if found:
+        return Check("sandbox", "OK", f"model-written code is isolated: {found}")
+    reason, _, hint = fault.partition(" Next: ")
+    return Check("sandbox", "OPTIONAL", f"{reason} Only tasks that run model-written code need it", hint or jail.HINT)
 
 
 def lab_model(folder: Path = ROOT / "data" / "lab") -> Check:

@@ -27,6 +27,7 @@ from workbench.models import LM
 from workbench.prompts import Strategy
 from workbench.results import Results, shows_steps
 from workbench.runs.heartbeats import heartbeat
+from workbench.sandbox import jail
 from workbench.tasks import Task
 
 Condition = Intervention | Strategy | Sequence[Intervention | Strategy]
@@ -62,6 +63,8 @@ def evaluate(
     for change, _ in planned.values():
         if change is not None:
             change.check(lm)
+    if task.kind == "code":
+        jail.required()  # before hours of generation, not after
     rows = task.rows(split, n=n, seed=seed)
     folder = Path(out) if out is not None else None
     parts, costs = [], {}

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from workbench.models import LM
     from workbench.tasks import Task
 
-STYLES = ("direct", "steps", "long")
+STYLES = ("direct", "steps", "long", "program")
+INSTRUCTIONS = {**SYSTEM, "program": "Write a Python program that prints the answer."}
 Message = dict[str, str]
 Row = dict[str, Any]
 
@@ -30,7 +31,7 @@ class Strategy:
         name: shown in tables.
         system: text of the system turn, or None for no such turn.
         shots: number of worked examples before the question; drawn from the tuning split, the same for a row each time.
-        style: 'direct', 'steps' or 'long': which worked solution the examples show.
+        style: 'direct', 'steps', 'long' or 'program' (`synthesis.programs`): which worked solution the examples show.
     """
 
     name: str = "plain"
@@ -52,7 +53,7 @@ def few_shot(style: str = "steps", shots: int = 3) -> Strategy:
 
 def instruction(style: str = "steps") -> Strategy:
     """The style asked for in words, in the system turn ('Show your steps.')."""
-    return Strategy(name=f"told: {style}", system=SYSTEM[style], style=style)
+    return Strategy(name=f"told: {style}", system=INSTRUCTIONS[style], style=style)
 
 
 def messages(task: "Task", row: dict[str, Any], strategy: Strategy | None = None) -> list[Message]:

@@ -2,7 +2,7 @@
 
 The steps of one call, in order:
 
-1. a **recipe** answers questions (`recipes`, `roles`, `questions`: one function each, with its paper);
+1. a **recipe** answers questions (`recipes`, `roles`, `questions`, `programs`: one function each, with its paper);
 2. **edits** change the answers (`edits`): rendered as equations, made compact, rewritten for the student;
 3. **selection** chooses among a question's answers (`selection`), wrong ones too where negative data is wanted;
 4. **filters** drop what overlaps with test questions or repeats an earlier record (`overlap`).
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from workbench.aside import write_aside
 from workbench.files import content_key
-from workbench.synthesis import questions, recipes, roles
+from workbench.synthesis import programs, questions, recipes, roles
 from workbench.synthesis.card import make_card, write_records
 from workbench.synthesis.records import Data, load_data
 from workbench.synthesis.sampling import Attempt, Edit, Recipe, Row, Settings
@@ -139,7 +139,7 @@ def _recipe(recipe: str | Recipe) -> Recipe:
     """A recipe by its name: a public function of one of the modules that hold recipes."""
     if not isinstance(recipe, str):
         return recipe
-    names = {name: getattr(module, name) for module in (recipes, roles, questions) for name in module.__all__}
+    names = {name: getattr(module, name) for module in (recipes, roles, questions, programs) for name in module.__all__}
     if recipe not in names:
         raise ValueError(f"recipe={recipe!r} is not known. Choose one of {', '.join(names)}, or pass a function.")
     return names[recipe]

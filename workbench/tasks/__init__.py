@@ -19,7 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from workbench.aside import Aside, BadRow
-from workbench.tasks import benchmarks, verifiers
+from workbench.tasks import benchmarks, unit_tests, verifiers
 from workbench.tasks.benchmarks import BBH, BENCHMARKS, SHARES, SPLITS, split_of
 from workbench.tasks.rows import checked, kind_of, read_records, rows_of, same_text
 from workbench.tasks.verifiers import Verdict
@@ -213,6 +213,8 @@ def _file_task(
 
 
 def _judge(kind: str) -> Callable[[dict[str, Any], str], Verdict]:
+    if kind == "code":
+        return unit_tests.judge_code
     return lambda row, text: verifiers.verify(kind, row["answer"], text)
 
 

@@ -250,8 +250,7 @@ def extract(kind: str, text: str, gold: Any = "") -> str | None:
 def _no_reader(kind: str) -> str:
     if kind == "code":
         return (
-            "Answers of kind 'code' are checked by running unit tests, and this version has no sandbox to run "
-            "model-written code in, so nothing was run and nothing was judged. Next: generate and save the answers, "
-            "and evaluate another task, for example load_task('gsm8k')."
+            "Answers of kind 'code' are judged by the unit tests of their question, run in a sandbox, so a gold answer "
+            "alone is not enough. Next: task.verify(row, text), with a row that has entry_point and test."
         )
     return f"No verifier reads answers of kind {kind!r}. Kinds: {', '.join(KINDS)}."

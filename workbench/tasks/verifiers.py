@@ -4,7 +4,8 @@ r"""Verifiers: whether the answer that a text gives is the gold answer, by kind 
 text after normalising, LaTeX by math-verify in a process that can be killed (`latex`). No answer found is *unparsed*,
 `Verdict.extracted` None, which is not the same as wrong.
 
-Does not cover: running model-written code (kind "code" is refused), judging by another model, partial credit.
+Does not cover: running model-written code (kind "code" needs its row's tests: `unit_tests`), judging by another model,
+partial credit.
 """
 
 from collections.abc import Iterable

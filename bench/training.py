@@ -1,8 +1,8 @@
 """LoRA and QLoRA steps on packed rows: every variant that computes the same, beside TRL with its own defaults.
 
 Models of real shapes with random weights, made on the device; packed rows of 2,048 tokens in repeating patterns. A
-variant with other losses or gradient norms than the reference is marked wrong. MFU counts 4 FLOPs a weight and token for
-LoRA: forward, and backward to the activations; frozen weights get no gradient, and recomputation is not counted.
+variant with other losses or gradient norms than the reference is marked wrong. MFU counts 4 FLOPs a weight and token
+for LoRA: forward, and backward to the activations; frozen weights get no gradient, and recomputation is not counted.
 
     python -m bench.training --model 1.7B 8B --out training.json     # a GPU; minutes a model, most of them compiling
     python -m bench.training --scale tiny                            # the same code on a CPU in seconds
@@ -44,8 +44,8 @@ from workbench.report.tables import format_table
 ROW = 2048
 # Dense bfloat16 tensor-core FLOPs a second, accumulated in float32: NVIDIA's data sheets, half of "with sparsity"
 PEAK = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12,
+    "L4": 121e12, "A10G": 70e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 GOALS = {("1.7B", "lora"): "MFU >= 0.40", ("8B", "qlora"): "peak < 12 GB"}
 SHAPES = {

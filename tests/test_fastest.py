@@ -101,7 +101,7 @@ def test_a_variant_that_cannot_run_is_passed_over(
     assert failed.verdict.startswith("failed: ValueError: GPT2LMHeadModel does not support")
     right = Measured("reference", [2.0, 1.0], [1.0, 1.0], 10.0, 0)
     assert [one.verdict for one in judge([right, failed], 1e-4)] == ["ok", failed.verdict]
-    with pytest.raises(ValueError, match="reference variant .* did not run"):
+    with pytest.raises(ValueError, match="did not run, so none can be judged"):
         judge([failed, right], 1e-4)
     with pytest.raises(ValueError, match="steps=2"):
         measure("short", makers[REFERENCE.name], 2)

@@ -60,7 +60,9 @@ def train(
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     rows = pack(examples, row, seed)
     steps = epochs * math.ceil(len(rows) / accumulation)
-    losses, rates, norms = [], [], []
+    losses: list[float] = []
+    rates: list[float] = []
+    norms: list[float] = []
     for epoch in range(epochs):
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
         for begin in range(0, len(rows), accumulation):

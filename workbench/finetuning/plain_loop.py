@@ -33,19 +33,10 @@ class Trained:
 
 
 def train(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    *,
-    row: int,
-    accumulation: int = 1,
-    epochs: int = 2,
-    learning_rate: float = 2e-3,
-    warmup: float = 0.05,
-    rank: int = 16,
-    alpha: int = 32,
-    targets: str | list[str] = "all-linear",
-    seed: int = 0,
-) -> Trained:
+    model: PreTrainedModel, examples: Sequence[Example], *, row: int, accumulation: int = 1, epochs: int = 2,
+    learning_rate: float = 2e-3, warmup: float = 0.05, rank: int = 16, alpha: int = 32,
+    targets: str | list[str] = "all-linear", seed: int = 0,
+) -> Trained:  # fmt: skip
     """Train a LoRA adapter on `examples`, packed into rows of at most `row` tokens, `accumulation` rows a step.
 
     `warmup` is the share of all steps in which the learning rate rises from 0; it then falls as half a cosine. Changes

@@ -1,9 +1,8 @@
 """`make bench`: how many times faster the workbench is than other code that does the same work, with equal results.
 
 Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
-extraction beside other libraries (installed by `make outside`), what steering costs a token,
-GSM8K through all data steps; and, on a GPU, steered
-decoding with a static cache on models of real shapes.
+extraction beside other libraries (installed by `make outside`), what steering costs a token, GSM8K through all data
+steps; and, on a GPU, steered decoding with a static cache and training steps on models of real shapes.
 """
 
 import argparse
@@ -16,11 +15,11 @@ import torch
 import transformers
 
 import workbench as wb
-from bench import extraction, generation, static, steering, synthesis
+from bench import extraction, generation, static, steering, synthesis, training
 from workbench.report.tables import format_table
 
 Lines = list[dict[str, Any]]
-PARTS = ("generation", "grid", "evaluation", "extraction", "steering", "synthesis", "static")
+PARTS = ("generation", "grid", "evaluation", "extraction", "steering", "synthesis", "static", "training")
 
 
 def machine() -> str:
@@ -60,10 +59,11 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "steering": lambda: steering.lines(lm, task, n, repeats),
         "synthesis": lambda: synthesis.lines(lm),
         "static": lambda: static.lines(lm.tokenizer),
+        "training": lambda: training.lines(lm.tokenizer),  # more models and settings: python -m bench.training
     }
     for name in PARTS:
-        if name == "static" and not torch.cuda.is_available():
-            print("\nstatic: left out, it needs a GPU")
+        if name in ("static", "training") and not torch.cuda.is_available():
+            print(f"\n{name}: left out, it needs a GPU")
         elif name in options.only:
             print(f"\n{name}\n{format_table(parts[name]())}", flush=True)
 

@@ -54,15 +54,13 @@ def stop_tokens(lm: "LM") -> set[int]:
 def encode(lm: "LM", record: Record, where: str) -> Example:
     """Tokens and labels of one record.
 
-    Raises `RecordError`, starting with `where`, when the template changes the prompt once an answer follows, when the
-    answer merges with the prompt into other tokens, and when no stop token ends the answer.
+    Raises `RecordError`, starting with `where`, when the template refuses the messages or leaves words of the answer
+    out, when it changes the prompt once an answer follows, when the answer merges with the prompt into other tokens,
+    and when no stop token ends the answer.
     """
-    messages = record["messages"]
-    prompt = lm.render(messages[:-1]) + _given(record, where)
-    if lm.tokenizer.chat_template:
-        text = str(lm.tokenizer.apply_chat_template(messages, tokenize=False))
-    else:
-        text = f"{lm.render(messages[:-1])} {messages[-1]['content']}{lm.tokenizer.eos_token}"
+    prompt, text = _rendered(lm, record["messages"], where)
+    if given := _given(record, where):
+        prompt += given if lm.tokenizer.chat_template else f" {given}"
     start = lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
     if ids[: len(start)] != start:
@@ -71,7 +69,16 @@ def encode(lm: "LM", record: Record, where: str) -> Example:
             f"{where}: the tokenized prompt is not the beginning of prompt plus answer; they part after {same} of "
             f"{len(start)} prompt tokens, at {lm.tokenizer.decode(start[same:])[:60]!r} against "
             f"{lm.tokenizer.decode(ids[same:])[:60]!r}. The model would learn another prompt than it is asked with. "
-            "Use a chat template whose generation prompt begins an assistant turn, and strip blanks from the answer."
+            "Use a chat template whose generation prompt begins an assistant turn, and strip blanks from the answer; "
+            "where that prompt opens a block for thoughts, the answer has to bring thoughts."
+        )
+    answer, written = _unspaced(record["messages"][-1]["content"]), _unspaced(text)
+    place = written.rfind(answer)
+    if place < 0 or place + len(answer) <= len(_unspaced(prompt)):  # its first words may stand in the prompt: <think>
+        raise RecordError(
+            f"{where}: the chat template leaves words of the answer {record['messages'][-1]['content'][:60]!r} out; it "
+            f"wrote {text[len(prompt) :][:60]!r}. Templates of models that also see pictures may take lists of parts "
+            "only, others drop thoughts: use a template that writes plain text as it is."
         )
     stops = stop_tokens(lm)
     last = next((i for i in reversed(range(len(start), len(ids))) if ids[i] in stops), None)
@@ -96,6 +103,28 @@ def _given(record: Record, where: str) -> str:
             f"{given!r:.80} before {record['messages'][-1]['content']!r:.80}. Make such records with condition(...)."
         )
     return given
+
+
+def _rendered(lm: "LM", messages: list[dict[str, str]], where: str) -> tuple[str, str]:
+    """The prompt as a model is asked with it, and prompt plus answer as the template writes them."""
+    from jinja2 import TemplateError
+
+    try:
+        prompt = lm.render(messages[:-1])
+        if lm.tokenizer.chat_template:
+            return prompt, str(lm.tokenizer.apply_chat_template(messages, tokenize=False))
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise RecordError(
+            f"{where}: the chat template refuses the messages ({roles}): {error}. Leave out roles that the model does "
+            "not know, or set a tokenizer.chat_template that takes messages of plain text."
+        ) from None
+    return prompt, f"{prompt} {messages[-1]['content']}{lm.tokenizer.eos_token}"
+
+
+def _unspaced(text: str) -> str:
+    """Without white space, which templates trim and set anew around blocks of thoughts."""
+    return "".join(text.split())
 
 
 def encode_all(

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 METHODS = {"grpo": ("grpo", "group"), "dr-grpo": ("dr_grpo", "none"), "dapo": ("dapo", "group")}  # TRL's loss, scale
 CURVE = {
     "reward": "reward", "reward_std": "reward_std", "right": "right", "unparsed": "unparsed",
-    "completions/mean_length": "length", "completions/clipped_ratio": "cut_off", "entropy": "entropy", "kl": "kl",
+    "completions/mean_length": "length", "cut_off": "cut_off", "entropy": "entropy", "kl": "kl",
     "frac_reward_zero_std": "questions_without_signal", "sampled_tokens": "sampled_tokens", "num_tokens": "tokens",
 }  # fmt: skip
 
@@ -216,6 +216,7 @@ def _scorer(
             group.append(Answer(text, verdict.correct and finished, verdict.extracted is not None, len(ids), finished))
         log_metric("right", sum(each.correct for each in group) / len(group))
         log_metric("unparsed", sum(not each.parsed for each in group) / len(group))
+        log_metric("cut_off", sum(not each.finished for each in group) / len(group))
         log_metric("sampled_tokens", sum(each.tokens for each in group))
         rewards = [judge(group[begin : begin + size]) for begin in range(0, len(group), size)]
         return [value for values in rewards for value in values]

@@ -173,12 +173,12 @@ def direct_loss(method: str, model: Any, rows: list[dict[str, Any]], beta: float
         signs = [1 if row["label"] else -1 for row in rows]
         return sum(1 - torch.sigmoid(beta * sign * (r - z)) for sign, r in zip(signs, gains, strict=True)) / len(rows)
     total = torch.zeros(())
-    for row in rows:
+    for row in rows if method != "sft" else []:
         good, bad = (gain(model, row["prompt_ids"], row[f"{name}_ids"]) for name in ("chosen", "rejected"))
         if method == "dpo-norm":
             good, bad = good / len(row["chosen_ids"]), bad / len(row["rejected_ids"])
         total = total - logsigmoid(beta * (good - bad)) / len(rows)
-    if method == "dpo-sft":
+    if method in ("dpo-sft", "sft"):
         logs = sum(log_probability(model, row["prompt_ids"], row["chosen_ids"]) for row in rows)
         total = total - logs / sum(len(row["chosen_ids"]) for row in rows)
     return total

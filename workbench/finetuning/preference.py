@@ -8,6 +8,7 @@ logistic function; |y| the answer's tokens:
   section 5; beta is per token.
 - "dpo-sft": the first plus the mean negative log-likelihood of the right answers' tokens in the batch (a constant times
   that of arXiv 2404.19733, equation 2, which averages over each answer first).
+- "sft": that second term alone: what the right answers teach without the wrong ones, as a control; beta does nothing.
 - "kto": 1 - s(beta (r(y+) - z)) and 1 - s(beta (z - r(y-))), z = max(0, mean r of mismatched answers in the batch).
   Answers count one by one; arXiv 2402.01306, equation 7.
 
@@ -29,11 +30,18 @@ from workbench.synthesis.records import RecordError
 if TYPE_CHECKING:
     from workbench.models import LM
 
-Method = Literal["dpo", "dpo-norm", "dpo-sft", "kto"]
+Method = Literal["dpo", "dpo-norm", "dpo-sft", "kto", "sft"]
 LOSSES: dict[str, dict[str, float]] = {  # TRL's loss types with weights
     "dpo": {"sigmoid": 1.0}, "dpo-norm": {"sigmoid_norm": 1.0}, "dpo-sft": {"sigmoid": 1.0, "sft": 1.0},
+    "sft": {"sft": 1.0},
 }  # fmt: skip
-BETA = {"dpo": 0.1, "dpo-norm": 5.0, "dpo-sft": 0.1, "kto": 0.1}  # dpo-norm: as in arXiv 2411.15124, others as in TRL
+BETA = {
+    "dpo": 0.1,
+    "dpo-norm": 5.0,
+    "dpo-sft": 0.1,
+    "kto": 0.1,
+    "sft": 0.1,
+}  # dpo-norm: as in arXiv 2411.15124, others as in TRL
 CURVE = {
     "epoch": "epoch", "rewards/chosen": "reward_chosen", "rewards/rejected": "reward_rejected",
     "rewards/margins": "margin", "rewards/accuracies": "pairs_ranked", "kl": "kl", "entropy": "entropy",

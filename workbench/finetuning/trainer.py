@@ -99,7 +99,8 @@ class Watch(TrainerCallback):
 
 
 def _contents(folder: Path) -> dict[str, str]:
-    return {file.name: sha256(file) for file in sorted(folder.iterdir()) if file.is_file() and file.name != MARKER}
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARKER)
+    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
 def write_curve(file: Path, state: TrainerState) -> list[dict[str, float]]:

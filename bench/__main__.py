@@ -1,7 +1,8 @@
 """`make bench`: how many times faster the workbench is than other code that does the same work, with equal results.
 
 Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
-extraction beside other libraries (installed by `make outside`), what steering costs a token; and, on a GPU, steered
+extraction beside other libraries (installed by `make outside`), what steering costs a token, how near the predictions
+before a fine-tune come; and, on a GPU, steered
 decoding with a static cache on models of real shapes.
 """
 
@@ -15,11 +16,11 @@ import torch
 import transformers
 
 import workbench as wb
-from bench import extraction, generation, static, steering
+from bench import extraction, finetuning, generation, static, steering
 from workbench.report.tables import format_table
 
 Lines = list[dict[str, Any]]
-PARTS = ("generation", "grid", "evaluation", "extraction", "steering", "static")
+PARTS = ("generation", "grid", "evaluation", "extraction", "steering", "finetuning", "static")
 
 
 def machine() -> str:
@@ -57,6 +58,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "evaluation": lambda: generation.evaluation(lm, task, n, limit, repeats),
         "extraction": lambda: extraction.lines(lm, task, options.pairs, max(1, repeats // 3)),  # minutes each
         "steering": lambda: steering.lines(lm, task, n, repeats),
+        "finetuning": lambda: finetuning.lines(task),
         "static": lambda: static.lines(lm.tokenizer),
     }
     for name in PARTS:

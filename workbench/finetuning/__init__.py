@@ -10,12 +10,13 @@ import json
 import os
 import shutil
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files import content_key, sha256, write_atomic
+from workbench.finetuning.options import Watching, held_out_records
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import Data, Record, RecordError, check_record, claim_folder, load_data
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from workbench.finetuning.packing import Example
     from workbench.finetuning.trainer import QuietTrainer
     from workbench.models import LM
+    from workbench.tasks import Task
 
-CPU_ROW = 512  # measured, 4M parameters: 2048 tokens take 2.0 s as one row, 0.9 s as four, 0.8 s as eight
 FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -49,6 +50,7 @@ class Recipe:
     warmup: float
     seed: int
     save_steps: int
+    checkpointing: bool | None = None
 
 
 def finetune(
@@ -70,6 +72,12 @@ def finetune(
     warmup: float = 0.05,
     seed: int = 0,
     save_steps: int = 25,
+    checkpointing: bool | None = None,
+    held_out: Data | str | Path | list[Record] | None = None,
+    task: "Task | None" = None,
+    watch: "Callable[[list[dict[str, float]]], None] | None" = None,
+    memory: int | None = None,
+    until: float = 1.0,
 ) -> Adapter:
     """Train a LoRA adapter on the kept records of `data` and write it to the folder `out`; returns the adapter.
 
@@ -79,6 +87,14 @@ def finetune(
     4 bits only where the memory estimate says so. `out` receives adapter_model.safetensors, adapter_config.json,
     losses.jsonl and, last, training.json with parameters, tokens, seconds, peak memory and the estimates.
 
+    `checkpointing` (recompute activations instead of keeping them) is chosen by the memory estimate unless given.
+    `held_out` records, none of which may be trained on, are scored at every checkpoint, and so are `task`'s tuning
+    questions; both go to losses.jsonl. `watch` is called after each step with one row a step (step, loss, grad_norm,
+    learning_rate, tokens_per_second, mfu, ...); in a notebook the loss curve is drawn live unless one is given.
+    `memory`: bytes that may be used (what is free unless given); a run that needs more is refused, with the nearest
+    settings that fit. Where memory runs out while training, micro-batches are split and the run goes on. `until`: a
+    share of the steps after which to pause, with an adapter as it is then; the same call without it goes on from there.
+
     Raises `RecordError` for records that can't be trained on and `ValueError` for contradictory settings.
     """
     records, where = _records(data)
@@ -86,54 +102,67 @@ def finetune(
     context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or batch_tokens
     recipe = Recipe(
         rank, 2 * rank if alpha is None else alpha, targets, epochs, rate, batch_tokens, batch_size,
-        min(max_length or context, context), quantization, packing, dropout, warmup, seed, save_steps,
+        min(max_length or context, context), quantization, packing, dropout, warmup, seed, save_steps, checkpointing,
     )  # fmt: skip
-    _check(recipe)
-    return _run(lm, records, where, recipe, Path(out), rate_reason)
+    _check(recipe, until)
+    scored = None if held_out is None else held_out_records(*_records(held_out), records)
+    watching = Watching(scored, task, watch, memory, until)
+    return _run(lm, records, where, recipe, Path(out), rate_reason, watching)
 
 
-def _run(lm: "LM", records: list[Record], where: str, recipe: Recipe, out: Path, rate_reason: str) -> Adapter:
+def _run(
+    lm: "LM", records: list[Record], where: str, recipe: Recipe, out: Path, rate_reason: str, watching: Watching
+) -> Adapter:
     base = {"name": lm.name, "revision": lm.revision}
     learnt = content_key(messages=[record["messages"] for record in records])
     settings: dict[str, Any] = {"base": base, "records": learnt, **asdict(recipe)}
     settings.pop("save_steps")  # how often the run is saved does not change where it ends
+    settings.pop("checkpointing")
+    if watching.held_out:
+        settings["held_out"] = content_key(messages=[record["messages"] for record in watching.held_out])
+    if watching.task:
+        settings["task"] = watching.task.name
     if _finished(out, settings):
         return Adapter(out)
 
-    from workbench.finetuning.memory import plan
+    from workbench.finetuning.fitting import fit
     from workbench.finetuning.packing import IGNORED, encode_all
 
     examples, dropped = encode_all(lm, records, where, recipe.max_length)
-    longest = max(len(example.input_ids) for example in examples)
-    # without flash attention a row costs time by the square of its length, so a CPU packs several short rows a step
-    row = max(longest, recipe.batch_tokens if lm.device.type == "cuda" else min(recipe.batch_tokens, CPU_ROW))
-    tokens = row if recipe.packing else recipe.batch_size * longest
-    planned = plan(lm.model, recipe.rank, recipe.targets, tokens, recipe.quantization)
+    lengths = [len(example.input_ids) for example in examples]
+    planned, row = fit(lm, recipe, lengths, watching.memory)
     claim_folder(out, settings, "finetune")
     _say(f"learning rate: {rate_reason}", *(f"{name}: {text}" for name, text in planned.reasons.items()))
     learnt_tokens = sum(label != IGNORED for example in examples for label in example.labels)
     used = {"used": len(examples), "left_out": dropped, "learnt_tokens": learnt_tokens}
     report = {"settings": settings, "base": base, "parameters": asdict(recipe), "records": used}
-    report |= _train(lm, examples, recipe, planned, row, out)
+    done = _train(lm, examples, recipe, planned, row, out, watching)
+    if done is None:
+        return Adapter(out)  # paused
+    report |= done
     report["files"] = {name: sha256(out / name) for name in (*FILES, "losses.jsonl")}
     write_atomic(out / "training.json", json.dumps(report, indent=2))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return Adapter(out)
 
 
-def _train(lm: "LM", examples: "list[Example]", recipe: Recipe, planned: "Plan", row: int, out: Path) -> dict[str, Any]:
-    """Load the base again, train, save; what happened, for training.json."""
+def _train(
+    lm: "LM", examples: "list[Example]", recipe: Recipe, planned: "Plan", row: int, out: Path, watching: Watching
+) -> dict[str, Any] | None:
+    """Load the base again, train, save; what happened, for training.json, or None where the run was paused."""
     from peft import LoraConfig
 
     from workbench.finetuning import trainer as training
+    from workbench.finetuning.memory import growth
+    from workbench.finetuning.preparing import set_up
 
-    model = _base(lm, planned)
-    packed, packing_reason = _packing(model, examples, recipe.packing)
     lora = LoraConfig(
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, bias="none", task_type="CAUSAL_LM",
         target_modules=recipe.targets,
     )  # fmt: skip
-    with training.own_random_state(lm.device), training.quiet_libraries():
+    with training.own_random_state(lm.device), training.quiet_libraries(), growth(lm.device) as grown:
+        model = _base(lm, planned)
+        packed, packing_reason = _packing(model, examples, recipe.packing)
         trainer = training.make_trainer(
             model, lm.tokenizer, examples, lora, checkpoints=out / "checkpoints",
             packed_length=row if packed else None, batch_size=recipe.batch_size,
@@ -141,18 +170,21 @@ def _train(lm: "LM", examples: "list[Example]", recipe: Recipe, planned: "Plan",
             learning_rate=recipe.learning_rate, warmup=recipe.warmup, checkpointing=planned.checkpointing,
             save_steps=recipe.save_steps, seed=recipe.seed,
         )  # fmt: skip
-        estimate = _estimate(trainer, planned, recipe)
+        estimate = set_up(lm, trainer, planned, recipe.max_length, row, out, watching)
         _say(f"packing: {packing_reason}", estimate["text"])
-        begin = time.perf_counter()
-        resumed = training.last_checkpoint(out / "checkpoints")
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    seconds = time.perf_counter() - begin
+        finished, resumed = training.train(trainer, out / "checkpoints")
+        measured = grown()
+    if not finished:
+        _pause(out, training.last_checkpoint(out / "checkpoints"), estimate["steps"])
+        return None
     _save(trainer, out)
     curve = training.write_curve(out / "losses.jsonl", trainer.state)
+    speed = trainer.watch.speed.summary() if trainer.watch.speed else {}
     return {
         "reasons": {**lm.reasons, **planned.reasons, "packing": packing_reason}, "estimate": estimate,
-        "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": seconds,
-        "resumed_from_step": int(resumed.name.split("-")[1]) if resumed else 0, "peak_memory": _peak_memory(),
+        "measured": {"bytes": measured, "seconds": speed["seconds"] + speed["aside"]},
+        "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": speed["seconds"], "speed": speed,
+        "resumed_from_step": resumed, "peak_memory": _peak_memory(), "out_of_memory": trainer.shortages,
         "adapter_parameters": planned.adapter_parameters, "quantization": planned.quantization or "none",
         "loss": {"first": curve[0]["loss"], "last": curve[-1]["loss"]},
     }  # fmt: skip
@@ -191,16 +223,12 @@ def _packing(model: "PreTrainedModel", examples: "list[Example]", wanted: bool) 
     return True, "on: packed records can't see each other (logits differ by 0)"
 
 
-def _estimate(trainer: "QuietTrainer", planned: "Plan", recipe: Recipe) -> dict[str, Any]:
-    rows = trainer.train_dataset.num_rows
-    passes = -(-rows // trainer.args.per_device_train_batch_size)
-    steps = -(-passes // trainer.args.gradient_accumulation_steps) * recipe.epochs
-    seconds = trainer.step_seconds() * passes * recipe.epochs
-    text = (
-        f"estimate: {planned.bytes_needed / 1e9:.2f} GB of {planned.bytes_free / 1e9:.2f} GB free; {steps:.0f} steps "
-        f"in about {seconds:.0f} s (the first batch, measured, times their number)"
-    )
-    return {"bytes": planned.bytes_needed, "bytes_free": planned.bytes_free, "seconds": seconds, "text": text}
+def _pause(out: Path, checkpoint: Path | None, steps: int) -> None:
+    """The adapter as it is at the last checkpoint; training.json is left to the end."""
+    assert checkpoint is not None  # a pause saves one
+    for name in FILES:
+        write_atomic(out / name, (checkpoint / name).read_bytes())
+    _say(f"paused after step {checkpoint.name.split('-')[1]} of {steps}; the same call without until= goes on")
 
 
 def _save(trainer: "QuietTrainer", out: Path) -> None:
@@ -239,13 +267,15 @@ def _learning_rate(lm: "LM", given: float | None) -> tuple[float, str]:
     return 2e-4, f"0.0002: {size / 1e9:.2g}B parameters, QLoRA's rate for models of this size"
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe, until: float) -> None:
     least = {"rank": 1, "alpha": 1, "batch_tokens": 1, "batch_size": 1, "max_length": 2, "save_steps": 1}
     for name, limit in least.items():
         if getattr(recipe, name) < limit:
             raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
     if recipe.epochs <= 0 or recipe.learning_rate <= 0:
         raise ValueError(f"epochs={recipe.epochs} and learning_rate={recipe.learning_rate} must both be above 0.")
+    if not 0 < until <= 1:
+        raise ValueError(f"until={until} is a share of the steps: give a number above 0, up to 1.")
     if not 0 <= recipe.dropout < 1 or not 0 <= recipe.warmup < 1:
         raise ValueError(f"dropout={recipe.dropout} and warmup={recipe.warmup} are shares: give numbers from 0 to 1.")
 

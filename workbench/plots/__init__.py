@@ -30,6 +30,7 @@ from workbench.plots.lens import lens_grid
 from workbench.plots.palette import GRID, INK, colour, faded, symbol
 from workbench.plots.steering import behaviour_damage, layer_effect, strength_curve
 from workbench.plots.token_strip import token_mask, trace_strip
+from workbench.plots.training import sweep_map, training_curve
 
 __all__ = [
     "PlotError",
@@ -42,8 +43,10 @@ __all__ = [
     "lens_grid",
     "loss_curve",
     "strength_curve",
+    "sweep_map",
     "token_mask",
     "trace_strip",
+    "training_curve",
 ]
 
 KEPT, REJECTED = "#56B4E9", "#882255"  # sky blue and wine, which no condition has

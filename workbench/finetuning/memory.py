@@ -218,15 +218,20 @@ def free_memory(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
+def trim() -> None:
+    """Give freed memory back to the system where the C library keeps it for later (glibc)."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @contextmanager
 def growth(device: torch.device) -> Iterator[Any]:
     """Call what is given to get the bytes by which memory grew at most in the block, as the module defines it."""
     from workbench.evaluation import peak_memory
 
-    gc.collect()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # else freed memory is used again and hides what is taken anew
+    trim()  # else freed memory is used again and hides what is taken anew
     cuda = device.type == "cuda"
     before = torch.cuda.memory_allocated(device) if cuda else psutil.Process().memory_info().rss
     with peak_memory(device) as peak:

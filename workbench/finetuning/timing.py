@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from workbench.finetuning.memory import trim
 from workbench.finetuning.trainer import QuietTrainer
 
 FORWARD = 0.4  # of a forward and backward pass with a frozen base: 2N of 4N FLOPs, less what is kept for the backward
@@ -66,11 +67,15 @@ def first_pass(trainer: QuietTrainer) -> tuple[float, int]:
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(size)])
     items = batch["labels"][..., 1:].ne(-100).sum().to(trainer.args.device)
     device = trainer.args.device
+    if trainer.args.activation_checkpointing:  # the trainer does this only when it starts
+        options = dict(trainer.args.activation_checkpointing_kwargs or {}) or None
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         times = [_seconds(lambda: trainer.training_step(trainer.model, dict(batch), items), device) for _ in range(2)]
     trainer.model.zero_grad(set_to_none=True)
     trainer._metrics["train"].clear()
     trainer._total_train_tokens, trainer.step_start = 0, None
+    trim()
     return min(times), batch["input_ids"].numel()
 
 

@@ -188,7 +188,8 @@ def task_accuracy(lm: "LM", model: PreTrainedModel, task: "Task") -> float:
     from workbench.models import find_blocks
 
     rows = task.rows("tuning", n=TASK_ROWS, seed=0)
-    now = replace(lm, model=model, blocks=find_blocks(model))
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # out of peft's wrapper
+    now = replace(lm, model=bare, blocks=find_blocks(bare))
     found = now.generate([now.render(task.messages(row)) for row in rows])
     verdicts = task.verify_many(rows, [generation.text for generation in found])
     return sum(verdict.correct for verdict in verdicts) / len(rows)

@@ -2,8 +2,7 @@
 
 Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
 extraction beside other libraries (installed by `make outside`), what steering costs a token, how near the predictions
-before a fine-tune come; and, on a GPU, steered
-decoding with a static cache on models of real shapes.
+before a fine-tune come; and, on a GPU, steered decoding with a static cache on models of real shapes.
 """
 
 import argparse

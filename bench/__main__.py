@@ -2,7 +2,8 @@
 
 Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
 extraction beside other libraries (installed by `make outside`), what steering costs a token, GSM8K through all data
-steps; and, on a GPU, steered decoding with a static cache and training steps on models of real shapes.
+steps, how near predictions before a fine-tune come; and, on a GPU, steered decoding with a static cache and training
+steps on models of real shapes.
 """
 
 import argparse
@@ -15,11 +16,13 @@ import torch
 import transformers
 
 import workbench as wb
-from bench import extraction, generation, static, steering, synthesis, training
+from bench import extraction, finetuning, generation, static, steering, synthesis, training
 from workbench.report.tables import format_table
 
 Lines = list[dict[str, Any]]
-PARTS = ("generation", "grid", "evaluation", "extraction", "steering", "synthesis", "static", "training")
+PARTS = (
+    "generation", "grid", "evaluation", "extraction", "steering", "synthesis", "finetuning", "static", "training",
+)  # fmt: skip
 
 
 def machine() -> str:
@@ -58,6 +61,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "extraction": lambda: extraction.lines(lm, task, options.pairs, max(1, repeats // 3)),  # minutes each
         "steering": lambda: steering.lines(lm, task, n, repeats),
         "synthesis": lambda: synthesis.lines(lm),
+        "finetuning": lambda: finetuning.lines(task),
         "static": lambda: static.lines(lm.tokenizer),
         "training": lambda: training.lines(lm.tokenizer),  # more models and settings: python -m bench.training
     }

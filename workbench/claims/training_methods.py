@@ -67,7 +67,9 @@ def start_of(study: Study, seed: int) -> Adapter:
     data = synthesize(
         study.lm, study.task, "rejection", FEWER, seed, out=folder / "own", strategy=few_shot("steps", 3), samples=1
     )
-    return finetune(study.lm, data, folder / "start", epochs=4, quantization="none", seed=seed)
+    adapter = finetune(study.lm, data, folder / "start", epochs=4, quantization="none", seed=seed)
+    assert isinstance(adapter, Adapter)  # only method="full" leaves a folder
+    return adapter
 
 
 def sampled(study: Study, start: Adapter, seed: int) -> Data:
@@ -102,7 +104,8 @@ def trained(study: Study, arm: dict[str, Any], seed: int, folder: Path) -> tuple
     if arm["how"] == "finetune":
         right = [one for one in data.records if one["kept"] or one["reason"].startswith("repeats record")]
         own = load_data(study.out / f"seed-{seed}" / "own").kept
-        adapter = finetune(study.lm, [*own, *[one | {"kept": True} for one in right]], folder, **common)
+        made = finetune(study.lm, [*own, *[one | {"kept": True} for one in right]], folder, **common)
+        adapter = Adapter(Path(folder)) if not isinstance(made, Adapter) else made
     else:
         adapter = prefer(study.lm, preference_pairs(data, per_question=2), folder, start=start, **common)
     before = json.loads((data.folder / "cpu_seconds.json").read_text(encoding="utf-8"))

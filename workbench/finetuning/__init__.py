@@ -4,75 +4,44 @@ The base is loaded again for training, so the model that the caller holds stays 
 assistant answer of a record is learnt (see `packing`), each token as much as its weight says (see `weighting`). A
 killed run goes on from its last whole checkpoint and, on a CPU, ends in the same bytes; a finished folder is returned
 as it is. `methods` says what can be trained, `stages` trains on one thing after another, `merging` puts an adapter
-into the weights. Not covered: several GPUs, preference data.
+into the weights, `preference` and `reward` learn from what is better. Not covered: several GPUs.
 """
 
 import json
 import shutil
-import sys
-import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files import content_key, sha256, write_atomic
+from workbench.finetuning.base import load_base, process_peak
 from workbench.finetuning.card import write_card
-from workbench.finetuning.folders import finished, result_of, save_result
+from workbench.finetuning.folders import ADAPTER_FILES, finished, result_of, save_result
 from workbench.finetuning.methods import (
     VIRTUAL,
     Method,
     check_method,
-    default_rate,
-    fit_plan,
     goes_on_from,
     packing_reason,
     settle_method,
     trainable,
 )
+from workbench.finetuning.options import Watching, held_out_records
+from workbench.finetuning.recipe import Recipe, check, kept_records, rate_for
 from workbench.interventions.adapter import Adapter
-from workbench.synthesis.records import Data, Record, RecordError, check_record, claim_folder, load_data
+from workbench.synthesis.records import Data, Record, claim_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from workbench.finetuning.memory import Plan
     from workbench.finetuning.packing import Example
-    from workbench.finetuning.trainer import QuietTrainer
     from workbench.finetuning.weighting import Weigh
     from workbench.models import LM
+    from workbench.tasks import Task
 
 FIELDS = ("weight", "token_weights")  # of a record, see `weighting`
-CPU_ROW = 512  # measured, 4M parameters: 2048 tokens take 2.0 s as one row, 0.9 s as four, 0.8 s as eight
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything, besides base and records, that the adapter depends on."""
-
-    rank: int
-    alpha: int
-    targets: str | list[str]
-    epochs: float
-    learning_rate: float
-    batch_tokens: int
-    batch_size: int
-    max_length: int
-    quantization: str
-    packing: bool
-    dropout: float
-    warmup: float
-    seed: int
-    save_steps: int
-    method: str = "lora"
-    virtual_tokens: int = 20
-    start: str | None = None  # SHA-256 of the adapter that this one goes on from
-
-    def settings(self) -> dict[str, Any]:
-        """What the result depends on; later fields only where they were used, so that older folders stay finished."""
-        later = {"method": "lora", "virtual_tokens": 20, "start": None}
-        given = asdict(self).items()
-        # how often the run is saved does not change where it ends
-        return {name: value for name, value in given if name != "save_steps" and later.get(name, self) != value}
 
 
 def finetune(
@@ -98,33 +67,55 @@ def finetune(
     virtual_tokens: int = 20,
     weights: "Weigh | None" = None,
     start: Adapter | None = None,
+    order: Literal["shuffled", "given"] = "shuffled",
+    checkpointing: bool | None = None,
+    held_out: Data | str | Path | list[Record] | None = None,
+    task: "Task | None" = None,
+    watch: "Callable[[list[dict[str, float]]], None] | None" = None,
+    memory: int | None = None,
+    until: float = 1.0,
 ) -> Adapter | Path:
     """Train on the kept records of `data` and write the result to the folder `out`: an adapter, which is returned.
 
-    method: see `methods`. "qlora" is "lora" over 4-bit weights; "full" returns the `Path` of a model folder instead.
-    `rank`, `alpha` (twice the rank unless given), `targets` and `dropout` belong to the LoRA kinds, `virtual_tokens` to
-    "prompt" and "prefix". start: an adapter of the same method to go on from; its rank, alpha and targets hold.
-    A step sees packed rows of about `batch_tokens` tokens in all; with `packing=False`, `batch_size` padded records.
-    `learning_rate` follows model size and method (printed). Records longer than `max_length` tokens (default: the
-    model's context) are left out and counted, never cut. quantization: "auto" picks 4 bits only where memory is short.
-    weights: a weight in the loss for every token (see `weighting`), as are `weight` and `token_weights` of a record.
-    `out` receives the weights, losses.jsonl, README.md and, last, training.json: settings, tokens, seconds, memory.
+    What is trained:
+        method: see `methods`. "qlora" is "lora" over 4-bit weights; "full" returns the `Path` of a model folder
+            instead. `rank`, `alpha` (twice the rank unless given), `targets` and `dropout` belong to the LoRA kinds,
+            `virtual_tokens` to "prompt" and "prefix".
+        start: an adapter of the same method to go on from; its rank, alpha and targets hold.
+        quantization: "auto" picks 4 bits only where memory is short. `learning_rate` follows model size and method.
+    What it learns from:
+        batch_tokens: a step sees packed rows of about so many; with `packing=False`, `batch_size` padded records.
+        max_length: longer records (tokens) are left out and counted, never cut. Default: the model's context.
+        weights: a weight in the loss for every token (see `weighting`), as `weight` and `token_weights` of a record.
+        order: "given" keeps the records' order (curricula); it needs `packing=False`.
+    How it is watched:
+        held_out, task: records (none of them trained on) and tuning questions, scored at every checkpoint.
+        watch: called after each step with one row a step (step, loss, grad_norm, learning_rate, tokens_per_second,
+            mfu, ...); in a notebook the curve is drawn live unless one is given.
+        memory: bytes that may be used (what is free unless given); a run that needs more is refused, with the nearest
+            settings that fit. `checkpointing` (activations made anew, not kept) follows from it unless given. Where
+            memory runs out while training, micro-batches are split and the run goes on.
+        until: share of the steps after which to pause, with an adapter as it is then; the same call goes on from there.
 
-    Raises `RecordError` for records that can't be trained on and `ValueError` for contradictory settings.
+    `out` receives the weights, losses.jsonl, speed.jsonl, README.md and, last, training.json: settings, tokens,
+    seconds, memory, predictions. Raises `RecordError` for records that can't be trained on and `ValueError` for
+    contradictory settings.
     """
     method, quantization = settle_method(method, quantization)  # type: ignore[assignment]  # both are known by now
-    records, where = _records(data)
-    rate, rate_reason = _learning_rate(lm, learning_rate, method)
+    records, where = kept_records(data)
+    rate, rate_reason = rate_for(lm, learning_rate, method)
     context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or batch_tokens
     recipe = Recipe(
         rank, 2 * rank if alpha is None else alpha, targets, epochs, rate, batch_tokens, batch_size,
         min(max_length or context, context), quantization, packing, dropout, warmup, seed, save_steps,
-        method, virtual_tokens if method in VIRTUAL else 20,
+        method, virtual_tokens if method in VIRTUAL else 20, None, order, checkpointing,
     )  # fmt: skip
     recipe = recipe if start is None else goes_on_from(lm, recipe, start)
-    _check(recipe)
+    check(recipe, until)
     check_method(lm, recipe)
-    return _run(lm, records, where, recipe, Path(out), rate_reason, weights, start)
+    scored = None if held_out is None else held_out_records(*kept_records(held_out), records)
+    watching = Watching(scored, task, watch, memory, until)
+    return _run(lm, records, where, recipe, Path(out), rate_reason, weights, start, watching)
 
 
 def _run(
@@ -136,14 +127,15 @@ def _run(
     rate_reason: str,
     weights: "Weigh | None",
     start: Adapter | None,
+    watching: Watching,
 ) -> Adapter | Path:
     base = {"name": lm.name, "revision": lm.revision}
-    settings: dict[str, Any] = {"base": base, "records": _content(records), **recipe.settings()}
+    settings: dict[str, Any] = {"base": base, "records": _content(records), **recipe.settings(), **watching.settings()}
     weighted = weights is not None or any(name in record for record in records for name in FIELDS)
     if not weighted and finished(out, settings):
         return result_of(out, recipe.method)
 
-    from workbench.finetuning.memory import plan
+    from workbench.finetuning.fitting import fit
     from workbench.finetuning.packing import IGNORED
     from workbench.finetuning.weighting import encode_weighted, weights_key
 
@@ -152,17 +144,16 @@ def _run(
         settings |= {"weights": content_key(weights=weights_key(examples))}
         if finished(out, settings):
             return result_of(out, recipe.method)
-    longest = max(len(example.input_ids) for example in examples)
-    # without flash attention a row costs time by the square of its length, so a CPU packs several short rows a step
-    row = max(longest, recipe.batch_tokens if lm.device.type == "cuda" else min(recipe.batch_tokens, CPU_ROW))
-    tokens = row if recipe.packing else recipe.batch_size * longest
-    planned = fit_plan(plan(lm.model, recipe.rank, recipe.targets, tokens, recipe.quantization), lm.model, recipe)
+    planned, row = fit(lm, recipe, [len(example.input_ids) for example in examples], watching.memory)
     claim_folder(out, settings, "finetune")
     _say(f"learning rate: {rate_reason}", *(f"{name}: {text}" for name, text in planned.reasons.items()))
     learnt_tokens = sum(label != IGNORED for example in examples for label in example.labels)
     used = {"used": len(examples), "left_out": dropped, "learnt_tokens": learnt_tokens}
     report = {"settings": settings, "base": base, "parameters": asdict(recipe), "records": used}
-    report |= _train(lm, examples, recipe, planned, row, out, start)
+    done = _train(lm, examples, recipe, planned, row, out, start, watching)
+    if done is None:  # paused
+        return Adapter(out)
+    report |= done
     write_card(out, report)
     report["files"] = {name: sha256(out / name) for name in (*report["files"], "losses.jsonl")}
     write_atomic(out / "training.json", json.dumps(report, indent=2))
@@ -171,58 +162,50 @@ def _run(
 
 
 def _train(
-    lm: "LM", examples: "list[Example]", recipe: Recipe, planned: "Plan", row: int, out: Path, start: Adapter | None
-) -> dict[str, Any]:
-    """Load the base again, train, save; what happened, for training.json."""
+    lm: "LM",
+    examples: "list[Example]",
+    recipe: Recipe,
+    planned: "Plan",
+    row: int,
+    out: Path,
+    start: Adapter | None,
+    watching: Watching,
+) -> dict[str, Any] | None:
+    """Load the base again, train, save; what happened, for training.json, or None where the run was paused."""
     from workbench.finetuning import trainer as training
+    from workbench.finetuning.memory import growth
+    from workbench.finetuning.preparing import set_up
 
-    model = _base(lm, planned)
-    packed, packing_reason = _packing(model, examples, recipe)
-    model, adapter = trainable(model, recipe, start)
-    with training.own_random_state(lm.device), training.quiet_libraries():
+    with training.own_random_state(lm.device), training.quiet_libraries(), growth(lm.device) as grown:
+        model = load_base(lm, planned)
+        packed, packing = _packing(model, examples, recipe)
+        model, adapter = trainable(model, recipe, start)
         trainer = training.make_trainer(
             model, lm.tokenizer, examples, adapter, checkpoints=out / "checkpoints",
             packed_length=row if packed else None, batch_size=recipe.batch_size,
             accumulation=max(1, recipe.batch_tokens // row) if packed else 1, epochs=recipe.epochs,
             learning_rate=recipe.learning_rate, warmup=recipe.warmup, checkpointing=planned.checkpointing,
-            save_steps=recipe.save_steps, seed=recipe.seed,
+            save_steps=recipe.save_steps, seed=recipe.seed, shuffle=recipe.order == "shuffled",
         )  # fmt: skip
-        estimate = _estimate(trainer, planned, recipe)
-        _say(f"packing: {packing_reason}", estimate["text"])
-        begin = time.perf_counter()
-        resumed = training.last_checkpoint(out / "checkpoints")
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    seconds = time.perf_counter() - begin
+        estimate = set_up(lm, trainer, planned, recipe, row, out, watching)
+        _say(f"packing: {packing}", estimate["text"])
+        ended, resumed = training.train(trainer, out / "checkpoints")
+        measured = grown()
+    if not ended:
+        _pause(out, training.last_checkpoint(out / "checkpoints"), estimate["steps"])
+        return None
     files = save_result(trainer, lm, recipe.method, out)
     curve = training.write_curve(out / "losses.jsonl", trainer.state)
+    speed = trainer.watch.speed.summary() if trainer.watch.speed else {}
+    losses = [entry["loss"] for entry in curve if "loss" in entry]
     return {
-        "reasons": {**lm.reasons, **planned.reasons, "packing": packing_reason}, "estimate": estimate,
-        "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": seconds,
-        "resumed_from_step": int(resumed.name.split("-")[1]) if resumed else 0, "peak_memory": _peak_memory(),
+        "reasons": {**lm.reasons, **planned.reasons, "packing": packing}, "estimate": estimate,
+        "measured": {"bytes": measured, "seconds": speed["seconds"] + speed["aside"]},
+        "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": speed["seconds"], "speed": speed,
+        "resumed_from_step": resumed, "peak_memory": process_peak(), "out_of_memory": trainer.shortages,
         "adapter_parameters": planned.adapter_parameters, "quantization": planned.quantization or "none",
-        "loss": {"first": curve[0]["loss"], "last": curve[-1]["loss"]}, "files": files,
+        "loss": {"first": losses[0], "last": losses[-1]}, "files": files,
     }  # fmt: skip
-
-
-def _base(lm: "LM", planned: "Plan") -> "PreTrainedModel":
-    """The weights that the caller's model came from, loaded again, in 4 bits where planned."""
-    import torch
-
-    from workbench.models import load_model
-
-    from_hub = not Path(str(lm.model.config._name_or_path)).is_dir()
-    base = load_model(
-        lm.name, dtype=lm.model.dtype, quantization=planned.quantization, device=lm.device,
-        revision=lm.revision if from_hub else None,
-    )  # fmt: skip
-    if base.revision != lm.revision:
-        raise ValueError(
-            f"{lm.name} on disk is now revision {base.revision}, but the loaded model is {lm.revision}. "
-            f"Load it again with load_model({lm.name!r}) and start in a new folder."
-        )
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    return base.model
 
 
 def _packing(model: "PreTrainedModel", examples: "list[Example]", recipe: Recipe) -> tuple[bool, str]:
@@ -239,32 +222,12 @@ def _packing(model: "PreTrainedModel", examples: "list[Example]", recipe: Recipe
     return True, "on: packed records can't see each other (logits differ by 0)"
 
 
-def _estimate(trainer: "QuietTrainer", planned: "Plan", recipe: Recipe) -> dict[str, Any]:
-    rows = trainer.train_dataset.num_rows
-    passes = -(-rows // trainer.args.per_device_train_batch_size)
-    steps = -(-passes // trainer.args.gradient_accumulation_steps) * recipe.epochs
-    seconds = trainer.step_seconds() * passes * recipe.epochs
-    text = (
-        f"estimate: {planned.bytes_needed / 1e9:.2f} GB of {planned.bytes_free / 1e9:.2f} GB free; {steps:.0f} steps "
-        f"in about {seconds:.0f} s (the first batch, measured, times their number)"
-    )
-    return {"bytes": planned.bytes_needed, "bytes_free": planned.bytes_free, "seconds": seconds, "text": text}
-
-
-def _records(data: Data | str | Path | list[Record]) -> tuple[list[Record], str]:
-    if isinstance(data, list):
-        kept = [check_record(record, f"record {number}") for number, record in enumerate(data, start=1)]
-        kept, where = [record for record in kept if record.get("kept", True)], "the given list"
-        total = len(data)
-    else:
-        data = data if isinstance(data, Data) else load_data(data)
-        kept, where, total = data.kept, str(data.folder), len(data)
-    if not kept:
-        raise RecordError(
-            f"{where} holds no record to train on ({total} records, 0 kept). Look at the reasons in card.md; ask more "
-            "questions (n=), allow more samples, or choose a strategy that the model gets right."
-        )
-    return kept, where
+def _pause(out: Path, checkpoint: Path | None, steps: int) -> None:
+    """The adapter as it is at the last checkpoint; training.json is left to the end."""
+    assert checkpoint is not None  # a pause saves one
+    for name in ADAPTER_FILES:
+        write_atomic(out / name, (checkpoint / name).read_bytes())
+    _say(f"paused after step {checkpoint.name.split('-')[1]} of {steps}; the same call without until= goes on")
 
 
 def _content(records: list[Record]) -> str:
@@ -272,40 +235,6 @@ def _content(records: list[Record]) -> str:
     more = {name: [record.get(name) for record in records] for name in ("given", "phase")}
     used = {name: values for name, values in more.items() if any(values)}
     return content_key(messages=[record["messages"] for record in records], **used)
-
-
-def _learning_rate(lm: "LM", given: float | None, method: str) -> tuple[float, str]:
-    """LoRA bears about ten times the rate of full fine-tuning, and small models more than large ones."""
-    if given is not None:
-        return given, f"{given:g}: asked for"
-    size = lm.model.num_parameters()
-    for limit, rate in ((50e6, 2e-3), (1e9, 5e-4)):
-        if size < limit:
-            return default_rate(method, rate, f"{rate:g}: {size / 1e6:.3g}M parameters, fewer than {limit / 1e6:g}M")
-    return default_rate(method, 2e-4, f"0.0002: {size / 1e9:.2g}B parameters, QLoRA's rate for models of this size")
-
-
-def _check(recipe: Recipe) -> None:
-    least = {"rank": 1, "alpha": 1, "batch_tokens": 1, "batch_size": 1, "max_length": 2, "save_steps": 1}
-    for name, limit in least.items():
-        if getattr(recipe, name) < limit:
-            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
-    if recipe.epochs <= 0 or recipe.learning_rate <= 0:
-        raise ValueError(f"epochs={recipe.epochs} and learning_rate={recipe.learning_rate} must both be above 0.")
-    if not 0 <= recipe.dropout < 1 or not 0 <= recipe.warmup < 1:
-        raise ValueError(f"dropout={recipe.dropout} and warmup={recipe.warmup} are shares: give numbers from 0 to 1.")
-
-
-def _peak_memory() -> dict[str, int | str]:
-    import resource
-
-    import torch
-
-    if torch.cuda.is_available():
-        return {"bytes": torch.cuda.max_memory_allocated(), "of": "GPU memory allocated by torch during training"}
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, kibibytes on Linux
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return {"bytes": peak, "of": "memory of the whole process since it started"}
 
 
 def _say(*lines: str) -> None:

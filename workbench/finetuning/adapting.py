@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from workbench.files import sha256, write_atomic
-from workbench.finetuning import FILES, _base, _finished, _learning_rate, _peak_memory
+from workbench.finetuning.base import load_base, process_peak
+from workbench.finetuning.folders import ADAPTER_FILES, finished
+from workbench.finetuning.recipe import rate_for
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import claim_folder
 
@@ -83,14 +85,14 @@ def shape_of(
     config = json.loads((start.path / "adapter_config.json").read_text(encoding="utf-8"))
     modules = config["target_modules"]
     targets = modules if isinstance(modules, str) else sorted(modules)
-    return Shape(config["r"], config["lora_alpha"], targets, sha256(start.path / FILES[0]))
+    return Shape(config["r"], config["lora_alpha"], targets, sha256(start.path / ADAPTER_FILES[0]))
 
 
 def gentle_rate(lm: "LM", given: float | None) -> tuple[float, str]:
     """The learning rate and why: a tenth of that of supervised training, because these losses have no floor."""
     if given is not None:
         return given, f"{given:g}: asked for"
-    rate, reason = _learning_rate(lm, None)
+    rate, reason = rate_for(lm, None)
     return rate / 10, f"{rate / 10:g}: a tenth of supervised training's ({reason})"
 
 
@@ -103,7 +105,7 @@ def train_adapter(lm: "LM", job: Job, out: Path, make: "Make", told: dict[str, s
     settings |= asdict(job.shape) | asdict(job.recipe)
     settings.pop("save_steps")  # how often the run is saved does not change where it ends
     settings = json.loads(json.dumps(settings | {"quantization": job.quantization}))
-    if _finished(out, settings):
+    if finished(out, settings):
         return Adapter(out)
 
     from workbench.finetuning.memory import plan
@@ -116,7 +118,7 @@ def train_adapter(lm: "LM", job: Job, out: Path, make: "Make", told: dict[str, s
     report = {"settings": settings, "base": settings["base"], "parameters": asdict(job.recipe), "data": about}
     report |= _train(lm, job, planned, out, make)
     report["reasons"] = lm.reasons | reasons
-    report["files"] = {name: sha256(out / name) for name in (*FILES, "losses.jsonl")}
+    report["files"] = {name: sha256(out / name) for name in (*ADAPTER_FILES, "losses.jsonl")}
     write_atomic(out / "training.json", json.dumps(report, indent=2))
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return Adapter(out)
@@ -146,7 +148,7 @@ def _train(lm: "LM", job: Job, planned: "Plan", out: Path, make: "Make") -> dict
     curve = alignment.write_points(out / "losses.jsonl", trainer.state, job.names)
     return {
         "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": seconds,
-        "resumed_from_step": int(resumed.name.split("-")[1]) if resumed else 0, "peak_memory": _peak_memory(),
+        "resumed_from_step": int(resumed.name.split("-")[1]) if resumed else 0, "peak_memory": process_peak(),
         "adapter_parameters": planned.adapter_parameters, "quantization": planned.quantization or "none",
         "first": curve[0], "last": curve[-1],
     }  # fmt: skip
@@ -156,7 +158,7 @@ def _policy(lm: "LM", job: Job, planned: "Plan") -> tuple[Any, Any]:
     """The base, with the adapter to start from or with the settings of a new one."""
     from peft import LoraConfig, PeftModel
 
-    model: Any = _base(lm, planned)
+    model: Any = load_base(lm, planned)
     if job.start is not None:
         return PeftModel.from_pretrained(model, str(job.start.path), is_trainable=True), None
     shape = job.shape
@@ -169,6 +171,6 @@ def _save(trainer: "Trainer", out: Path) -> None:
     """The trained adapter's two files, each renamed into place whole; the frozen reference is left behind."""
     part = out / ".adapter"
     trainer.model.save_pretrained(part, save_embedding_layers=False, selected_adapters=["default"])
-    for name in FILES:
+    for name in ADAPTER_FILES:
         os.replace(part / name, out / name)
     shutil.rmtree(part)

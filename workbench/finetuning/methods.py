@@ -18,8 +18,8 @@ from workbench.files import sha256
 from workbench.interventions.virtual import check_plain_cache
 
 if TYPE_CHECKING:
-    from workbench.finetuning import Recipe
     from workbench.finetuning.memory import Plan
+    from workbench.finetuning.recipe import Recipe
     from workbench.interventions import Adapter
     from workbench.models import LM
 

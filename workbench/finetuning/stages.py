@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from workbench.files import content_key, write_atomic
-from workbench.finetuning import _records, finetune
+from workbench.finetuning import finetune
 from workbench.finetuning.card import add_measured
 from workbench.finetuning.merging import merge
+from workbench.finetuning.recipe import kept_records
 from workbench.interventions import Adapter
 from workbench.models import LM, load_model
 from workbench.synthesis.records import Data, Record, claim_folder
@@ -86,7 +87,7 @@ def finetune_stages(
     _check(stages, mode, settings)
     out = Path(out)
     exam = _Exam(measure or {}, {"n": n, "seed": measure_seed, "split": split, "max_new_tokens": max_new_tokens}, out)
-    contents = [content_key(records=[one["messages"] for one in _records(stage.data)[0]]) for stage in stages]
+    contents = [content_key(records=[one["messages"] for one in kept_records(stage.data)[0]]) for stage in stages]
     claim_folder(out, {"mode": mode, "stages": [stage.name for stage in stages], "data": contents}, "finetune_stages")
     points: list[tuple[str, dict[str, Results]]] = [("before", _ask(lm, None, "before", exam))]
     if mode == "phased":
@@ -146,7 +147,7 @@ def _phases(stages: Sequence[Stage], settings: Mapping[str, Any]) -> list[Record
     ordered: list[Record] = []
     phase = 0
     for stage in stages:
-        records, _ = _records(stage.data)
+        records, _ = kept_records(stage.data)
         for _ in range(int({"epochs": 2, **settings, **stage.settings}["epochs"])):
             phase += 1
             ordered += [{**record, "phase": phase} for record in records]

@@ -6,13 +6,13 @@ by a kill and is not resumed from.
 """
 
 import contextlib
+import gc
 import json
 import math
 import random
 import shutil
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,23 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from workbench.files import sha256, write_atomic
-from workbench.finetuning.packing import Example
+from workbench.finetuning.microbatch import is_out_of_memory, record_lengths, split
+from workbench.finetuning.packing import IGNORED, Example
+from workbench.finetuning.watching import Live, Rows, Scoring, Speed, curve_rows, held_out_loss
 from workbench.finetuning.weighting import columns
 from workbench.interventions.adapter import quiet_peft
 from workbench.runs import heartbeat
+from workbench.synthesis.records import RecordError
 
 MARKER = "complete.json"
+SHOWN = ("loss", "eval_loss", "eval_accuracy", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
 
 
 class QuietTrainer(SFTTrainer):
-    """TRL's trainer without its usage ping and model cards."""
+    """TRL's trainer without its usage ping and model cards; goes on in smaller micro-batches where memory runs out."""
+
+    watch: "Watch"
+    _total_train_tokens: int
 
     def _send_telemetry(self) -> None:
         """Nothing leaves this machine."""
@@ -49,35 +56,115 @@ class QuietTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """`training.json` says what was done; TRL's card would add links and badges."""
 
-    def step_seconds(self) -> float:
-        """Seconds of a forward and backward pass over the first batch, the faster of two; changes no weight."""
-        self.model.train()
-        size = min(self.args.per_device_train_batch_size, len(self.train_dataset))
-        rows = [self.train_dataset[i] for i in range(size)]
-        times = []
-        with torch.random.fork_rng():
-            for _ in range(2):
-                begin = time.perf_counter()
-                self.compute_loss(self.model, self._prepare_inputs(self.data_collator(rows))).backward()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                times.append(time.perf_counter() - begin)
-        self.model.zero_grad(set_to_none=True)
-        self._metrics["train"].clear()
-        self._total_train_tokens = 0
-        return min(times)
+    def prepare(self, memory_file: Path) -> None:
+        """Remember in `memory_file` how small micro-batches had to become, so that a resumed run starts with that."""
+        self.memory_file = memory_file
+        known = json.loads(memory_file.read_text(encoding="utf-8")) if memory_file.exists() else []
+        self.shortages: list[dict[str, int]] = known
+        self.parts = known[-1]["parts"] if known else 1
+        self.step_inputs: list[dict[str, Any]] = []
+        self.step_start: tuple[int, int, dict[str, list[float]], list[torch.Tensor]] | None = None
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One micro-batch; where memory runs out, the whole optimisation step again in micro-batches of half the size.
+
+        The gradients of a step begun are dropped first: a backward pass that broke off has added some of its own.
+        """
+        if self.step_start is None or self.step_start[0] != self.state.global_step:
+            metrics = {name: list(values) for name, values in self._metrics["train"].items()}
+            self.step_start = (self.state.global_step, self._total_train_tokens, metrics, _random_states())
+            self.step_inputs = []
+        self.step_inputs.append(inputs)
+        todo = [inputs]
+        while True:
+            short = None
+            try:
+                losses = [self._in_parts(model, one, num_items_in_batch) for one in todo]
+                return losses[-1]  # the trainer has counted those of earlier micro-batches
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                short = f"{type(error).__name__}: {error}"
+            self._halve(short)  # out here, where the error holds no more frames with their tensors
+            todo = self.step_inputs
+            model.zero_grad(set_to_none=True)
+            _, self._total_train_tokens, metrics, random_states = self.step_start
+            self._metrics["train"].clear()
+            self._metrics["train"].update({name: list(values) for name, values in metrics.items()})
+            torch.set_rng_state(random_states[0])
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(random_states[1:])
+
+    def _in_parts(self, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
+        pieces = split(inputs, self.parts)
+        if len(pieces) > 1 and items is None:
+            items = inputs["labels"][..., 1:].ne(IGNORED).sum()
+        losses = []
+        for piece in pieces:
+            self.lengths = record_lengths(piece)
+            losses.append(super().training_step(model, dict(piece), items))
+        return torch.stack(losses).sum()
+
+    def _halve(self, short: str) -> None:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        step, lengths = self.state.global_step + 1, self.lengths
+        if len(lengths) == 1:
+            raise RecordError(
+                f"Memory ran out in step {step} on a single record of {lengths[0]} tokens; it can't be split. Leave "
+                f"out records this long with max_length={lengths[0] - 1} or less, keep fewer activations with "
+                f"checkpointing=True, or load the base in 4 bits with quantization='nf4'. The library: {short[:200]}"
+            )
+        self.parts *= 2
+        self.shortages.append({"step": step, "tokens": sum(lengths), "records": len(lengths), "parts": self.parts})
+        write_atomic(self.memory_file, json.dumps(self.shortages))
+        print(
+            f"finetune: out of memory in step {step} on {sum(lengths)} tokens at once; micro-batches are split into "
+            f"{self.parts} from here on, each step sees the same records"
+        )
 
 
 class Watch(TrainerCallback):
-    """Heartbeat, loss curve, completed-checkpoint markers; stops a run whose loss is no number."""
+    """Heartbeat, loss curve, speed, scores, markers of whole checkpoints; stops at a loss that is no number."""
 
     def __init__(self, trainer: QuietTrainer, curve: Path) -> None:
         self.trainer, self.curve = trainer, curve
+        self.speed: Speed | None = None
+        self.scoring: Scoring | None = None
+        self.show: Callable[[Rows], None] | None = None
+        self.pause: int | None = None
+        self.rows: Rows = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """TRL restarts its token counter on resume; the log of the checkpoint knows better."""
         counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
         self.trainer._total_train_tokens = counts[-1] if counts else 0
+        self.rows = curve_rows(state)
+        if self.speed:
+            self.speed.resume(state.global_step)
+            fast = {row["step"]: row for row in self.speed.rows}
+            self.rows = [{**row, **fast.get(row["step"], {})} for row in self.rows]
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The clock of a step runs while it computes, not while checkpoints are written and scored."""
+        if self.speed:
+            self.speed.start(self.trainer._total_train_tokens)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Scores belong to the checkpoint that is about to be written, so that a resumed run has them too."""
+        if self.speed:
+            self.speed.stop(state.global_step, self.trainer._total_train_tokens)
+        if self.pause is not None and state.global_step >= self.pause:
+            control.should_save = control.should_training_stop = True
+        if control.should_save and self.scoring:
+            score: dict[str, float] = {"step": state.global_step}
+            if self.scoring.examples:
+                score["eval_loss"] = held_out_loss(self.trainer, self.scoring.examples, self.scoring.tokens)
+            if self.scoring.accuracy:
+                score["eval_accuracy"] = self.scoring.accuracy(self.trainer.model)
+                self.trainer.model.train()
+            state.log_history.append(score)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One line a step."""
@@ -89,13 +176,21 @@ class Watch(TrainerCallback):
                 f"The loss became {entry['loss']} at step {state.global_step}. Start again in a new folder with a "
                 f"smaller learning_rate (it was {args.learning_rate:g})."
             )
-        heartbeat("finetune", state.global_step, state.max_steps, loss=round(entry["loss"], 4))
+        row = curve_rows(TrainerState(log_history=state.log_history[-2:]))[-1]
+        fast = self.speed.rows[-1] if self.speed else {}
+        self.rows.append({**row, **fast})
+        shown = {name: value for name, value in self.rows[-1].items() if name in SHOWN}
+        heartbeat("finetune", state.global_step, state.max_steps, **shown)
+        if self.show:
+            self.show(self.rows)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A checkpoint counts once this marker is there."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         write_atomic(folder / MARKER, json.dumps(_contents(folder)))
         write_curve(self.curve, state)
+        if self.speed:
+            self.speed.write()
 
 
 def _contents(folder: Path) -> dict[str, str]:
@@ -103,15 +198,9 @@ def _contents(folder: Path) -> dict[str, str]:
     return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
 
 
-def write_curve(file: Path, state: TrainerState) -> list[dict[str, float]]:
-    """The loss curve so far, a JSON object a step: step, epoch, loss, learning_rate, grad_norm, tokens seen."""
-    names = {"num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
-    wanted = ("step", "epoch", "loss", "learning_rate", "grad_norm", *names)
-    curve = [
-        {names.get(name, name): entry[name] for name in wanted if name in entry}
-        for entry in state.log_history
-        if "loss" in entry
-    ]
+def write_curve(file: Path, state: TrainerState) -> Rows:
+    """The loss curve so far, a JSON object a step; see `watching.curve_rows`."""
+    curve = curve_rows(state)
     write_atomic(file, "".join(json.dumps(entry) + "\n" for entry in curve))
     return curve
 
@@ -126,6 +215,27 @@ def last_checkpoint(folder: Path) -> Path | None:
         print(f"{checkpoint} is not complete (a kill tore it); going back to the one before.", file=sys.stderr)
         shutil.rmtree(checkpoint)
     return None
+
+
+def _random_states() -> list[torch.Tensor]:
+    """Of the processor and of each GPU: what dropout draws from."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])]
+
+
+def train(trainer: QuietTrainer, checkpoints: Path) -> tuple[bool, int]:
+    """Train from the newest whole checkpoint to the end or to the pause; whether the end is reached, and from where."""
+    resumed = last_checkpoint(checkpoints)
+    step = int(resumed.name.split("-")[1]) if resumed else 0
+    pause = trainer.watch.pause
+    if pause is not None and step >= pause:
+        return False, step
+    trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    if trainer.watch.speed:
+        trainer.watch.speed.finish()
+        trainer.watch.speed.write()
+    if isinstance(trainer.watch.show, Live):
+        trainer.watch.show(trainer.watch.rows, over=True)
+    return trainer.state.global_step >= trainer.state.max_steps, step
 
 
 @contextlib.contextmanager
@@ -182,10 +292,12 @@ def make_trainer(
     checkpointing: bool,
     save_steps: int,
     seed: int,
+    shuffle: bool = True,
 ) -> QuietTrainer:
     """A trainer on ready tokens: rows packed to `packed_length` tokens, or padded batches of `batch_size`.
 
-    adapter: PEFT's configuration of a new adapter; None where `model` has its trainable parameters already.
+    adapter: PEFT's configuration of a new adapter; None where `model` has its trainable parameters already. shuffle:
+    False takes the examples in their order, epoch after epoch.
     """
     device = model.device
     arguments = SFTConfig(
@@ -194,7 +306,8 @@ def make_trainer(
         learning_rate=learning_rate, lr_scheduler_type="cosine", warmup_steps=warmup, max_grad_norm=1.0,
         per_device_train_batch_size=1 if packed_length else batch_size, gradient_checkpointing=checkpointing,
         gradient_accumulation_steps=accumulation,
-        packing=packed_length is not None, packing_strategy="bfd", max_length=packed_length, shuffle_dataset=True,
+        packing=packed_length is not None, packing_strategy="bfd", max_length=packed_length, shuffle_dataset=shuffle,
+        train_sampling_strategy="random" if shuffle else "sequential",
         logging_steps=1, logging_nan_inf_filter=False, save_strategy="steps", save_steps=save_steps,
         save_total_limit=2, dataloader_pin_memory=device.type == "cuda",
     )  # fmt: skip
@@ -206,5 +319,7 @@ def make_trainer(
         if parameter.requires_grad:  # TRL makes adapters of 4-bit models bfloat16, too coarse for small steps of Adam
             parameter.data = parameter.data.float()
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Watch(trainer, checkpoints.parent / "losses.jsonl"))
+    trainer.prepare(checkpoints / "memory.json")
+    trainer.watch = Watch(trainer, checkpoints.parent / "losses.jsonl")
+    trainer.add_callback(trainer.watch)
     return trainer

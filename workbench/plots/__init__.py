@@ -31,6 +31,7 @@ from workbench.plots.palette import GRID, INK, colour, faded, symbol
 from workbench.plots.recipes import recipes_beside
 from workbench.plots.steering import behaviour_damage, layer_effect, strength_curve
 from workbench.plots.token_strip import token_mask, trace_strip
+from workbench.plots.training import sweep_map, training_curve
 
 __all__ = [
     "PlotError",
@@ -44,8 +45,10 @@ __all__ = [
     "loss_curve",
     "recipes_beside",
     "strength_curve",
+    "sweep_map",
     "token_mask",
     "trace_strip",
+    "training_curve",
 ]
 
 KEPT, REJECTED = "#56B4E9", "#882255"  # sky blue and wine, which no condition has

@@ -1,0 +1,92 @@
+"""What a fine-tune is asked to do: its settings, their defaults and contradictions, and the records that it reads."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.finetuning.methods import default_rate
+from workbench.synthesis.records import Data, Record, RecordError, check_record, load_data
+
+if TYPE_CHECKING:
+    from workbench.models import LM
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything, besides base and records, that the result depends on, and how it is run."""
+
+    rank: int
+    alpha: int
+    targets: str | list[str]
+    epochs: float
+    learning_rate: float
+    batch_tokens: int
+    batch_size: int
+    max_length: int
+    quantization: str
+    packing: bool
+    dropout: float
+    warmup: float
+    seed: int
+    save_steps: int
+    method: str = "lora"
+    virtual_tokens: int = 20
+    start: str | None = None  # SHA-256 of the adapter that this one goes on from
+    order: str = "shuffled"
+    checkpointing: bool | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What the result depends on; later fields only where they were used, so that older folders stay finished."""
+        later = {"method": "lora", "virtual_tokens": 20, "start": None, "order": "shuffled"}
+        how = ("save_steps", "checkpointing")  # neither how often it is saved nor what is recomputed changes the end
+        return {
+            name: value for name, value in asdict(self).items() if name not in how and later.get(name, self) != value
+        }
+
+
+def check(recipe: Recipe, until: float) -> None:
+    """Raise ValueError for numbers that can't be."""
+    least = {"rank": 1, "alpha": 1, "batch_tokens": 1, "batch_size": 1, "max_length": 2, "save_steps": 1}
+    for name, limit in least.items():
+        if getattr(recipe, name) < limit:
+            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
+    if recipe.epochs <= 0 or recipe.learning_rate <= 0:
+        raise ValueError(f"epochs={recipe.epochs} and learning_rate={recipe.learning_rate} must both be above 0.")
+    if not 0 <= recipe.dropout < 1 or not 0 <= recipe.warmup < 1:
+        raise ValueError(f"dropout={recipe.dropout} and warmup={recipe.warmup} are shares: give numbers from 0 to 1.")
+    if not 0 < until <= 1:
+        raise ValueError(f"until={until} is no share of the steps: give a number above 0 and at most 1.")
+    if recipe.order not in ("shuffled", "given"):
+        raise ValueError(f"order={recipe.order!r} is not known. Choose 'shuffled' or 'given'.")
+    if recipe.order == "given" and recipe.packing:
+        raise ValueError(
+            "order='given' keeps the records' order, and packing=True puts them where they fit. Pass packing=False."
+        )
+
+
+def kept_records(data: Data | str | Path | list[Record]) -> tuple[list[Record], str]:
+    """The records to learn from and where they are from; raises RecordError when there are none."""
+    if isinstance(data, list):
+        kept = [check_record(record, f"record {number}") for number, record in enumerate(data, start=1)]
+        kept, where = [record for record in kept if record.get("kept", True)], "the given list"
+        total = len(data)
+    else:
+        data = data if isinstance(data, Data) else load_data(data)
+        kept, where, total = data.kept, str(data.folder), len(data)
+    if not kept:
+        raise RecordError(
+            f"{where} holds no record to train on ({total} records, 0 kept). Look at the reasons in card.md; ask more "
+            "questions (n=), allow more samples, or choose a strategy that the model gets right."
+        )
+    return kept, where
+
+
+def rate_for(lm: "LM", given: float | None, method: str = "lora") -> tuple[float, str]:
+    """The learning rate and why: LoRA bears about ten times that of all weights, and small models more than large."""
+    if given is not None:
+        return given, f"{given:g}: asked for"
+    size = lm.model.num_parameters()
+    for limit, rate in ((50e6, 2e-3), (1e9, 5e-4)):
+        if size < limit:
+            return default_rate(method, rate, f"{rate:g}: {size / 1e6:.3g}M parameters, fewer than {limit / 1e6:g}M")
+    return default_rate(method, 2e-4, f"0.0002: {size / 1e9:.2g}B parameters, QLoRA's rate for models of this size")

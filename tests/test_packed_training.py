@@ -7,6 +7,7 @@ padded batch, one large batch, or the run that nobody stopped.
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -178,7 +179,7 @@ def test_the_guard_of_a_training_reports_a_mask_of_ones(
     family: str, folders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = load_model(folders(family))
-    packed, why = _packing(lm.model, examples_of(lm), True)
+    packed, why = _packing(lm.model, examples_of(lm), SimpleNamespace(packing=True, method="lora"))
     assert packed and "differ by 0" in why
     forward = lm.model.forward
 
@@ -187,7 +188,7 @@ def test_the_guard_of_a_training_reports_a_mask_of_ones(
 
     monkeypatch.setattr(lm.model, "forward", with_ones)
     assert leak(lm.model, examples_of(lm)) > 0.01
-    packed, why = _packing(lm.model, examples_of(lm), True)
+    packed, why = _packing(lm.model, examples_of(lm), SimpleNamespace(packing=True, method="lora"))
     assert not packed and "lets packed records see each other" in why
 
 

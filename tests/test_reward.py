@@ -146,10 +146,11 @@ def test_gradients_are_those_of_reinforce(
     direct = direct_gradients(method, trainer, batch, top)
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, batch).backward()
+    largest = max(float(value.abs().max()) for value in direct.values())
     for name, parameter in trainer.model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(parameter.grad, direct[name], rtol=1e-3, atol=1e-5)
-    assert max(value.abs().max() for value in direct.values()) > 1e-2
+            torch.testing.assert_close(parameter.grad, direct[name], rtol=1e-3, atol=1e-4 * largest)
+    assert largest > 1e-2
 
 
 def test_advantages_are_taken_within_a_question(

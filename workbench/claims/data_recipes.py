@@ -15,13 +15,16 @@ from typing import Any
 from workbench.claims.over_seeds import Work, run_cells, table
 from workbench.evaluation import evaluate
 from workbench.finetuning import finetune
+from workbench.finetuning.conditioning import condition
+from workbench.finetuning.stages import Stage, finetune_stages
 from workbench.interventions import Adapter
 from workbench.models import LM, load_model
-from workbench.prompts import few_shot
+from workbench.prompts import Strategy, few_shot
 from workbench.report.tables import format_table
 from workbench.results import Results
 from workbench.synthesis import edits, recipes, scores, synthesize
 from workbench.synthesis.mixing import mix
+from workbench.synthesis.programs import program_task
 from workbench.synthesis.records import Data, Record
 from workbench.tasks import Task, load_task
 
@@ -33,11 +36,12 @@ class Bench:
     """What all arms share: the student, a weaker teacher, the task and the budget."""
 
     lm: LM
+    teacher: LM
     weak: LM
     task: Task
-    questions: int = 120
-    samples: int = 4
-    tokens: int = 3000
+    questions: int = 100
+    samples: int = 3
+    tokens: int = 2000
     epochs: float = 4
     n: int = 200
     limit: int = 160
@@ -55,22 +59,44 @@ class Bench:
         asked |= settings
         return synthesize(asked.pop("lm"), self.task, recipe, self.questions, seed, out=out / "records", **asked)
 
+    def cut(self, seed: int, out: Path, data: Data, name: str, **how: Any) -> Data:
+        """The budget's worth of the records, or all that there are."""
+        held = sum(record["tokens_out"] for record in data.kept)
+        return mix({"all": data}, out / "arms" / name, tokens=min(self.tokens, held), seed=seed, **how)
+
     def taught(self, seed: int, out: Path, data: Data, name: str, **how: Any) -> tuple[Results, dict[str, Any]]:
         """Cut to the budget, train, and answer the test questions."""
-        held = sum(record["tokens_out"] for record in data.kept)
-        budget = min(self.tokens, held)
-        cut = mix({"all": data}, out / "arms" / name, tokens=budget, seed=seed, **how)
-        return self.tested(seed, out, cut, name, made=data)
+        mixing = {"order": how.pop("curriculum")} if "curriculum" in how else {}
+        mixing |= {key: how.pop(key) for key in ("score", "balance") if key in how}
+        return self.tested(seed, out, self.cut(seed, out, data, name, **mixing), name, data, **how)
 
-    def tested(self, seed: int, out: Path, cut: Data, name: str, made: Data) -> tuple[Results, dict[str, Any]]:
-        """Train on exactly these records and answer the test questions without a cue."""
-        adapter = finetune(self.lm, cut, out / "adapters" / name, epochs=self.epochs, quantization="none", seed=seed)
+    def tested(
+        self,
+        seed: int,
+        out: Path,
+        cut: Data,
+        name: str,
+        made: Data,
+        *,
+        task: Task | None = None,
+        cue: Strategy | None = None,
+        **training: Any,
+    ) -> tuple[Results, dict[str, Any]]:
+        """Train on exactly these records and answer the test questions without a cue, or with the one taught."""
+        settings: dict[str, Any] = {"epochs": self.epochs, "quantization": "none", "seed": seed} | training
+        adapter = finetune(self.lm, cut, out / "adapters" / name, **settings)
         assert isinstance(adapter, Adapter)  # only method="full" leaves a folder
-        results = evaluate(self.lm, self.task, {name: [adapter]}, n=self.n, seed=0, max_new_tokens=self.limit)
+        condition: list[Any] = [adapter] if cue is None else [adapter, cue]
+        asked: dict[str, Any] = {"n": self.n, "seed": 0, "max_new_tokens": self.limit}
+        results = evaluate(self.lm, task or self.task, {name: condition}, **asked)
+        return results, self.facts(cut, made)
+
+    def facts(self, cut: Data, made: Data) -> dict[str, Any]:
+        """What was made, learnt and spent."""
         cost, counts = made.card.get("cost", {}), made.card["counts"]
         facts = {"kept": counts["kept"], "calls": cost.get("calls", 0), "sampled tokens": cost.get("tokens_out", 0)}
         learnt = sum(record["tokens_out"] for record in cut)
-        return results, facts | {
+        return facts | {
             "records": len(cut),
             "learnt tokens": learnt,
             "sampling seconds": cost.get("seconds", 0),
@@ -112,9 +138,48 @@ def _probed(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Results, 
     return bench.taught(seed, out, data, name, score=score)
 
 
+def _programs(bench: Bench, seed: int, out: Path, *, name: str, again: bool) -> tuple[Results, dict[str, Any]]:
+    """Sampled steps rendered as programs; with `again`, the student so taught writes the programs that are learnt."""
+    asking = program_task(bench.task)
+    first = bench.sampled(seed, out, edits=[edits.as_programs])
+    if not again:
+        return bench.taught(seed, out, first, name, task=asking)
+    cut = bench.cut(seed, out, first, f"{name}-first")
+    writer = finetune(bench.lm, cut, out / "adapters" / f"{name}-first", epochs=2, quantization="none", seed=seed)
+    assert isinstance(writer, Adapter)
+    with bench.lm.apply(writer):
+        settings: dict[str, Any] = {"strategy": Strategy("bare"), "samples": bench.samples, "out": out / "own-programs"}
+        data = synthesize(bench.lm, asking, "programs", bench.questions, seed + 100, **settings)
+    return bench.taught(seed, out, data, name, task=asking)
+
+
+def _conditioned(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Results, dict[str, Any]]:
+    """Right chains under one control text, wrong ones under another; asked with the first (`conditioning`)."""
+    data = bench.sampled(seed, out, negatives=1)
+    right = bench.cut(seed, out, data, f"{name}-right").kept
+    marked = condition(right, "[right]") + condition(data.negatives[: len(right) // 3], "[wrong]")
+    cue = Strategy("[right]", system="[right]")
+    return bench.tested(seed, out, Data(data.folder, marked, {}), name, data, cue=cue)
+
+
+def _internalised(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Results, dict[str, Any]]:
+    """Stages with 0, 1, 2, 4 and all first steps removed, one epoch each (internalised chain of thought)."""
+    stages, made = [], None
+    for removed in (0, 1, 2, 4, 99):
+        edit = partial(edits.without_steps, removed=removed)
+        made = bench.sampled(seed, out, edits=[edit], threshold=1.0)
+        stages.append(Stage(f"without-{removed}", bench.cut(seed, out, made, f"{name}-{removed}")))
+    assert made is not None
+    staged = finetune_stages(bench.lm, stages, out / "adapters" / name, epochs=1, quantization="none", seed=seed)
+    asked: dict[str, Any] = {"n": bench.n, "seed": 0, "max_new_tokens": bench.limit}
+    return evaluate(bench.lm, bench.task, {name: [staged.adapter]}, **asked), bench.facts(made, made)
+
+
 def arms(bench: Bench) -> dict[str, Work]:
     """Every recipe, selection, edit, mix and curriculum by name."""
     long = {"style": "long"}
+    unpacked = {"packing": False}
+    in_order: dict[str, Any] = unpacked | {"order": "given"}
     sampled: dict[str, dict[str, Any]] = {
         BASELINE: {"select": "shortest"},
         "rejection, random": {"select": "random"},
@@ -124,23 +189,30 @@ def arms(bench: Bench) -> dict[str, Work]:
         "rejection, long style": long,
         "STaR": {"recipe": "star"},
         "oracle steps": {"recipe": "oracle"},
-        "oracle long": {"recipe": partial(recipes.oracle), "style": "long"},
         "long, equations only": long | {"edits": [edits.equations]},
         "in words": {"edits": [edits.in_words]},
         "long, compact": long | {"edits": [partial(edits.compact, most=1)]},
         "first step removed": {"edits": [partial(edits.without_steps, removed=1)]},
-        "all steps removed": {"edits": [partial(edits.without_steps, removed=99)]},
-        "long, improbable steps dropped": long | {"edits": [partial(edits.drop_improbable, threshold=0.01)]},
+        "improbable steps dropped": long | {"edits": [partial(edits.drop_improbable, student=bench.lm)]},
+        "paced by the student": {"recipe": partial(recipes.student_paced, teacher=bench.teacher), "lm": bench.lm},
         "weak teacher": {"lm": bench.weak},
+        "three reviewers": {"recipe": "reviewed"},
+        "critique, rewrite": {"recipe": "critique"},
+        "magpie": {"recipe": "magpie"},
+        "self-instruct": {"recipe": "self_instruct"},
+        "evolve": {"recipe": "evolve"},
         "middling solve rate": {"how": {"score": scores.middling}},
         "diverse by embedding": {"how": {"score": partial(scores.diverse, lm=bench.lm)}},
         "diverse by gradient": {"how": {"score": partial(scores.diverse, lm=bench.lm, by="gradient")}},
+        "unpacked, shuffled": {"how": unpacked},
+        "easy first": {"how": in_order | {"curriculum": "easy first"}},
+        "hard first": {"how": in_order | {"curriculum": "hard first"}},
+        "short first": {"how": in_order | {"curriculum": "short first"}},
     }
+    if bench.teacher.model is bench.lm.model:
+        del sampled["paced by the student"]  # a model finds all that it writes plausible
     made: dict[str, Work] = {"untrained": partial(_plain, bench)}
-    for name, settings in sampled.items():
-        if settings.get("recipe") == "oracle" or "oracle" in name:
-            settings = {"recipe": "oracle"} | {k: v for k, v in settings.items() if k != "recipe"}
-        made[name] = partial(_sampled, bench, name=_file(name), **settings)
+    made |= {name: partial(_sampled, bench, name=_file(name), **settings) for name, settings in sampled.items()}
     made["long 1/4, short 3/4"] = partial(
         _mixed, bench, name="long-short", parts={"short": {}, "long": long}, shares={"short": 0.75, "long": 0.25}
     )
@@ -149,6 +221,10 @@ def arms(bench: Bench) -> dict[str, Work]:
         shares={"strong": 0.5, "weak": 0.5},
     )  # fmt: skip
     made["best by probe"] = partial(_probed, bench, name="probe")
+    made["wrong chains under a control text"] = partial(_conditioned, bench, name="control")
+    made["steps internalised in stages"] = partial(_internalised, bench, name="internalised")
+    made["programs, rendered"] = partial(_programs, bench, name="programs", again=False)
+    made["programs, the student's own"] = partial(_programs, bench, name="own-programs", again=True)
     return made
 
 
@@ -160,18 +236,26 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m workbench.claims.data_recipes", description=(__doc__ or "")[:90])
     parser.add_argument("--model", default="lab")
-    parser.add_argument("--weak", default="lab-small")
+    parser.add_argument("--teacher", help="who writes the answers; default: the model itself")
+    parser.add_argument("--weak", default="lab-small", help="a weaker teacher")
     parser.add_argument("--task", default="word-problems")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", nargs="+", help="arms, by name")
     parser.add_argument("--out", type=Path, default=Path("outputs/data-recipes"))
     options = parser.parse_args()
-    bench = Bench(load_model(options.model), load_model(options.weak), load_task(options.task))
+    lm = load_model(options.model)
+    teacher = load_model(options.teacher) if options.teacher else lm
+    bench = Bench(lm, teacher, load_model(options.weak), load_task(options.task))
     chosen: dict[str, Callable[..., Any]] = {
         name: work for name, work in arms(bench).items() if not options.only or name in (*options.only, BASELINE)
     }
     numbers = {k: getattr(bench, k) for k in ("questions", "samples", "tokens", "epochs", "n", "limit")}
-    settings = numbers | {"model": bench.lm.revision, "weak": bench.weak.revision, "task": bench.task.name}
+    settings = numbers | {
+        "model": bench.lm.revision,
+        "teacher": bench.teacher.revision,
+        "weak": bench.weak.revision,
+        "task": bench.task.name,
+    }
     found = table(run_cells(chosen, range(options.seeds), options.out, settings), BASELINE)
     print(format_table(found.to_dict("records")))
     found.to_json(options.out / "table.json", orient="records", indent=1)

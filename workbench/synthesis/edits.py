@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from workbench.models import LM
     from workbench.tasks import Task
 
-__all__ = ["compact", "drop_improbable", "equations", "in_words", "without_steps"]
+__all__ = ["as_programs", "compact", "drop_improbable", "equations", "in_words", "without_steps"]
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
 _NUMBER = r"[$€£]?-?\d[\d,]*(?:\.\d+)?%?"
@@ -72,6 +72,30 @@ def in_words(lm: "LM", task: "Task", attempts: list[Attempt], settings: Settings
         return _BINARY.sub(spoken, text) if _BINARY.search(text) else ""
 
     return _edited(lm, task, attempts, lambda sample, _: rendered(sample["text"]), "no equation in it")
+
+
+def as_programs(lm: "LM", task: "Task", attempts: list[Attempt], settings: Settings) -> list[Attempt]:
+    """Each right answer's equations as a Python program that prints the result (see `programs.as_program`).
+
+    The program's value is computed here, exactly, and must be the gold answer; nothing is run. Answer tasks that are
+    taught by it through `programs.program_task`, whose verifier runs what the student writes in the sandbox.
+    """
+    from workbench.synthesis.programs import as_program
+
+    changed = []
+    for attempt in attempts:
+        samples = []
+        for sample in attempt["samples"]:
+            steps = {
+                "question": attempt["question"],
+                "answer": attempt["answer"],
+                "solutions": {"steps": sample["text"]},
+            }
+            program = as_program(steps) if sample["correct"] else None
+            new = {"text": program, "tokens_out": len(lm.encode(program)) + 1} if program else {"correct": False}
+            samples.append(sample | new | ({} if program else {"why": "no program in it"}))
+        changed.append({**attempt, "samples": samples})
+    return changed
 
 
 def _tight(equation: str) -> str:

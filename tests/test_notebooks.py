@@ -12,7 +12,7 @@ from workbench.runs.params import read_parameters
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 SMALL = {
     "n": 5, "n_test": 5, "shots": 1, "pairs": 2, "max_new_tokens": 8, "samples": 1, "epochs": 1.0, "rank": 4,
-    "recipe": "oracle",
+    "recipe": "oracle", "beside": ["rejection", "magpie"], "n_beside": 3, "remember": ["chain-sum"], "n_remember": 4,
     "strengths": [1.0], "value_strengths": [1.0], "key_strengths": [0.0],
     "forgetting": ["chain-sum"], "forgetting_n": 5, "foreign_n": 5,
 }  # fmt: skip

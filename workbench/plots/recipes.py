@@ -5,8 +5,8 @@ from __future__ import annotations
 import plotly.graph_objects as go
 
 from workbench.plots.drawing import Table, error_bars, finish, rows_of
-from workbench.plots.palette import colour
 
+BAR = "#56B4E9"  # sky blue, which no condition has
 COLUMNS = (("tokens", "tokens", "{:g}"), ("variety", "variety", "{:.0f} %"), ("cost", "sampled", "{:.0f}"))
 
 
@@ -25,7 +25,7 @@ def recipes_beside(table: Table) -> go.Figure:
     fig = go.Figure(
         go.Bar(
             x=[row["share"] for row in rows], y=names, orientation="h", showlegend=False,
-            marker={"color": [colour(name) for name in names]}, error_x=error_bars(rows, "share"),
+            marker={"color": BAR}, error_x=error_bars(rows, "share"),
         )
     )  # fmt: skip
     for place, (field, heading, form) in enumerate(COLUMNS):

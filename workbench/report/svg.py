@@ -183,9 +183,10 @@ def _draw_frame(axes: Axes, spec: Spec) -> None:
     layout = spec["layout"]
     axes.set_title(plain(nested(layout, "title", "text") or ""), loc="left", fontsize=17, pad=26, color=INK)
     axes.set_axisbelow(True)
+    axes.grid(True, color=GRID, linewidth=1)
     for letter in "xy":
-        if layout.get(f"{letter}axis", {}).get("showgrid", True):
-            axes.grid(True, axis=letter, color=GRID, linewidth=1)
+        if not layout.get(f"{letter}axis", {}).get("showgrid", True):
+            getattr(axes, f"{letter}axis").grid(visible=False)
     for side, spine in axes.spines.items():
         spine.set_visible(
             side in ("left", "bottom") and layout.get(f"{'xy'[side == 'left']}axis", {}).get("visible", True)

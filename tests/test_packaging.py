@@ -197,3 +197,21 @@ def test_the_environment_is_made_anew_when_a_lock_is_newer_than_the_stamp(tmp_pa
         assert re.search(rf"{lock}.* install |install .*{lock}", make(*fresh, f"--what-if={lock}").stdout)
     stamp.unlink()
     assert "-r requirements.lock" in make(*fresh).stdout
+
+
+def test_every_recipe_edit_and_score_is_in_the_readme_with_its_paper():
+    """One table names them all; a paper that the code follows is one that the table names."""
+    from workbench.synthesis import edits, programs, questions, recipes, roles, scores
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = [line for line in readme.splitlines() if line.startswith("| ")]
+    functions = [
+        getattr(module, name) for module in (recipes, roles, questions, programs, edits) for name in module.__all__
+    ]
+    functions += [scores.easy, scores.middling, scores.with_solve_rate, scores.diverse, scores.probed]
+    for function in functions:
+        lines = [line for line in table if f"`{function.__name__}`" in line]
+        assert len(lines) == 1, f"{function.__name__} is in {len(lines)} lines of the table"
+        named = set(re.findall(r"\d{4}\.\d{5}", lines[0]))
+        told = set(re.findall(r"\d{4}\.\d{5}", f"{function.__doc__} {sys.modules[function.__module__].__doc__}"))
+        assert named <= told, f"{function.__name__}: the table names {named - told}, its docstring does not"

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from workbench.finetuning import finetune
     from workbench.finetuning.conditioning import condition, refusals
     from workbench.finetuning.merging import merge
+    from workbench.finetuning.pairs import preference_pairs
+    from workbench.finetuning.preference import prefer
+    from workbench.finetuning.reward import reinforce
     from workbench.finetuning.stages import Stage, finetune_stages
     from workbench.finetuning.weighting import critical_weights
     from workbench.generate import Generation
@@ -43,7 +46,9 @@ if TYPE_CHECKING:
     from workbench.prompts import Pairs, Strategy, contrast, few_shot, instruction
     from workbench.readouts import attention_to, head_attribution, logit_lens, trace
     from workbench.results import Results, load_results
+    from workbench.served import connect
     from workbench.synthesis import synthesize
+    from workbench.synthesis.mixing import mix
     from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
 
@@ -55,6 +60,9 @@ _HOMES = {
     "workbench.finetuning": ("finetune",),
     "workbench.finetuning.conditioning": ("condition", "refusals"),
     "workbench.finetuning.merging": ("merge",),
+    "workbench.finetuning.pairs": ("preference_pairs",),
+    "workbench.finetuning.preference": ("prefer",),
+    "workbench.finetuning.reward": ("reinforce",),
     "workbench.finetuning.stages": ("Stage", "finetune_stages"),
     "workbench.finetuning.weighting": ("critical_weights",),
     "workbench.generate": ("Generation",),
@@ -85,6 +93,8 @@ _HOMES = {
     "workbench.readouts": ("attention_to", "head_attribution", "logit_lens", "trace"),
     "workbench.models": ("LM", "ModelError", "load_model"),
     "workbench.prompts": ("Pairs", "Strategy", "contrast", "few_shot", "instruction"),
+    "workbench.served": ("connect",),
+    "workbench.synthesis.mixing": ("mix",),
     "workbench.synthesis.records": ("Data", "load_data"),
     "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
@@ -97,11 +107,11 @@ __all__ = [
     "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "LowRank",
     "ModelError", "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock",
     "Stage", "Strategy", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget",
-    "condition", "contrast", "critical_weights", "damage", "evaluate", "extract", "few_shot", "finetune",
+    "condition", "connect", "contrast", "critical_weights", "damage", "evaluate", "extract", "few_shot", "finetune",
     "finetune_stages", "fit_gate", "head_attribution", "heads_writing", "instruction", "isolate", "load_data",
-    "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "merge", "plots", "project_out",
-    "random_like", "read_pairs", "refusals", "report", "runs", "statistics", "synthesize", "task_names", "trace",
-    "train_vector",
+    "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "merge", "mix", "plots", "prefer",
+    "preference_pairs", "project_out", "random_like", "read_pairs", "refusals", "reinforce", "report", "runs",
+    "statistics", "synthesize", "task_names", "trace", "train_vector",
 ]  # fmt: skip
 
 

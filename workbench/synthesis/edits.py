@@ -3,7 +3,8 @@
 An edit is a function `(lm, task, attempts, settings) -> list[Attempt]`; keyword arguments beyond these are its own, set
 by `functools.partial(edit, name=value)`. It changes every sampled answer, counts its tokens anew and asks the verifier
 anew, so an edit that loses the answer makes it unusable instead of wrong. What an edit can't do to a text (no equation
-in it, say) makes that answer unusable too, with the reason in the record.
+in it, say) makes that answer unusable too, with the reason in the record. Equations, programs and words for one
+solution are the renderings that arXiv 2401.11864 and 2312.10730 train on together.
 
 Sentences are told apart by full stops, question and exclamation marks and line breaks. The closing sentence is the
 last one: it states the answer, and every edit leaves it as it is.
@@ -59,10 +60,7 @@ def equations(lm: "LM", task: "Task", attempts: list[Attempt], settings: Setting
 
 
 def in_words(lm: "LM", task: "Task", attempts: list[Attempt], settings: Settings) -> list[Attempt]:
-    """Each equation of two numbers spoken out: '34+27=61' becomes '34 plus 27 is 61.'; other words stay.
-
-    One of the renderings that arXiv 2312.10730 and 2401.11864 mix; equations and programs are the others.
-    """
+    """Each equation of two numbers spoken out: '34+27=61' becomes '34 plus 27 is 61.'; other words stay."""
 
     def spoken(match: re.Match[str]) -> str:
         a, sign, b, c = match.groups()

@@ -175,8 +175,8 @@ def _internalised(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Res
     return evaluate(bench.lm, bench.task, {name: [staged.adapter]}, **asked), bench.facts(made, made)
 
 
-def arms(bench: Bench) -> dict[str, Work]:
-    """Every recipe, selection, edit, mix and curriculum by name."""
+def _settings(bench: Bench) -> dict[str, dict[str, Any]]:
+    """Arms that are one sampling: what is given to `Bench.sampled`, and as `how` to `Bench.taught`."""
     long = {"style": "long"}
     unpacked = {"packing": False}
     in_order: dict[str, Any] = unpacked | {"order": "given"}
@@ -211,8 +211,15 @@ def arms(bench: Bench) -> dict[str, Work]:
     }
     if bench.teacher.model is bench.lm.model:
         del sampled["paced by the student"]  # a model finds all that it writes plausible
+    return sampled
+
+
+def arms(bench: Bench) -> dict[str, Work]:
+    """Every recipe, selection, edit, mix and curriculum by name."""
     made: dict[str, Work] = {"untrained": partial(_plain, bench)}
-    made |= {name: partial(_sampled, bench, name=_file(name), **settings) for name, settings in sampled.items()}
+    made |= {
+        name: partial(_sampled, bench, name=_file(name), **settings) for name, settings in _settings(bench).items()
+    }
     made["long 1/4, short 3/4"] = partial(
         _mixed, bench, name="long-short", parts={"short": {}, "long": long}, shares={"short": 0.75, "long": 0.25}
     )

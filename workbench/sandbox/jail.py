@@ -142,7 +142,7 @@ def _dropped_rights(prefix: Path) -> tuple[list[str], str]:
     """Words that make root become nobody before bubblewrap starts, and where the interpreter's folder lies then.
 
     Root must not start it as root: the kernel would count the code as root's, who has no limit on processes, and who
-    owns files. Where nobody may not walk to the interpreter (/root/.pyenv), it is first mounted on /mnt, seen by the
+    owns files. Where nobody may not walk to the interpreter (in the home of root), it is first mounted on /mnt, seen by the
     sandbox alone.
     """
     if os.geteuid() != 0:

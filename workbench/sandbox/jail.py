@@ -142,8 +142,8 @@ def _dropped_rights(prefix: Path) -> tuple[list[str], str]:
     """Words that make root become nobody before bubblewrap starts, and where the interpreter's folder lies then.
 
     Root must not start it as root: the kernel would count the code as root's, who has no limit on processes, and who
-    owns files. Where nobody may not walk to the interpreter (in the home of root), it is first mounted on /mnt, seen by the
-    sandbox alone.
+    owns files. Where nobody may not walk to the interpreter (in the home of root), it is first mounted on /mnt, seen
+    by the sandbox alone.
     """
     if os.geteuid() != 0:
         return [], str(prefix)

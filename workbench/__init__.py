@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from workbench.prompts import Pairs, Strategy, contrast, few_shot, instruction
     from workbench.readouts import attention_to, head_attribution, logit_lens, trace
     from workbench.results import Results, load_results
+    from workbench.sweeps import Sweep, sweep
     from workbench.synthesis import synthesize
     from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
@@ -86,6 +87,7 @@ _HOMES = {
     "workbench.models": ("LM", "ModelError", "load_model"),
     "workbench.prompts": ("Pairs", "Strategy", "contrast", "few_shot", "instruction"),
     "workbench.synthesis.records": ("Data", "load_data"),
+    "workbench.sweeps": ("Sweep", "sweep"),
     "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
@@ -96,12 +98,12 @@ _MODULES = ("plots", "runs", "statistics", "report")
 __all__ = [
     "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "LowRank",
     "ModelError", "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock",
-    "Stage", "Strategy", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget",
+    "Stage", "Strategy", "Sweep", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget",
     "condition", "contrast", "critical_weights", "damage", "evaluate", "extract", "few_shot", "finetune",
     "finetune_stages", "fit_gate", "head_attribution", "heads_writing", "instruction", "isolate", "load_data",
     "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "merge", "plots", "project_out",
-    "random_like", "read_pairs", "refusals", "report", "runs", "statistics", "synthesize", "task_names", "trace",
-    "train_vector",
+    "random_like", "read_pairs", "refusals", "report", "runs", "statistics", "sweep", "synthesize", "task_names",
+    "trace", "train_vector",
 ]  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.finetuning.methods import default_rate
+from workbench.finetuning.methods import VIRTUAL, check_method, default_rate, goes_on_from, settle_method
 from workbench.synthesis.records import Data, Record, RecordError, check_record, load_data
 
 if TYPE_CHECKING:
+    from workbench.interventions.adapter import Adapter
     from workbench.models import LM
 
 
@@ -42,6 +43,30 @@ class Recipe:
         return {
             name: value for name, value in asdict(self).items() if name not in how and later.get(name, self) != value
         }
+
+
+def make_recipe(lm: "LM", start: "Adapter | None", until: float, **asked: Any) -> tuple[Recipe, str]:
+    """What `finetune` is asked for with all that follows from the model filled in, and why this learning rate.
+
+    asked: all fields of `Recipe` but `start`, where alpha, learning_rate and max_length may be None. Raises ValueError
+    for numbers that can't be, contradictions, and methods that the model can't be trained by.
+    """
+    method, quantization = settle_method(asked["method"], asked["quantization"])
+    rate, reason = rate_for(lm, asked["learning_rate"], method)
+    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or asked["batch_tokens"]
+    settled = {
+        "alpha": 2 * asked["rank"] if asked["alpha"] is None else asked["alpha"],
+        "learning_rate": rate,
+        "max_length": min(asked["max_length"] or context, context),
+        "quantization": quantization,
+        "method": method,
+        "virtual_tokens": asked["virtual_tokens"] if method in VIRTUAL else 20,
+    }
+    recipe = Recipe(**{**asked, **settled})
+    recipe = recipe if start is None else goes_on_from(lm, recipe, start)
+    check(recipe, until)
+    check_method(lm, recipe)
+    return recipe, reason
 
 
 def check(recipe: Recipe, until: float) -> None:

@@ -19,6 +19,7 @@ from workbench.__main__ import app
 from workbench.finetuning import finetune
 from workbench.models import LM, load_model
 from workbench.plots.drawing import PlotError
+from workbench.plots.palette import GRID as GRID_LINE
 from workbench.report.svg import figure_to_svg
 from workbench.runs.points import combinations, split_values
 from workbench.runs.values import Text
@@ -104,7 +105,7 @@ def test_a_sweep_that_was_cut_off_ends_like_one_that_was_not(lm: LM, swept: Swee
     class CutError(Exception):
         """Stands for a kill."""
 
-    grid, steps = {"learning_rate": [1e-5, 5e-3], "rank": [4]}, []
+    grid, steps = {"learning_rate": [1e-5, 2e-2], "rank": [4]}, []
 
     def cut_at(number: int):
         def watch(rows: list[dict[str, float]]) -> None:
@@ -125,7 +126,7 @@ def test_a_sweep_that_was_cut_off_ends_like_one_that_was_not(lm: LM, swept: Swee
                 with pytest.raises(ValueError, match=r"no point of .* is finished"):
                     Sweep(tmp_path).best()
     assert steps == [1, 2, 1, 1, 2, 3, 3, 4, 5, 6, 7, 8]  # the first point's rung was not run twice
-    name = "learning_rate=0.005,rank=4"
+    name = "learning_rate=0.02,rank=4"
     assert Sweep(tmp_path).best().path == tmp_path / name
     for file in ("adapter_model.safetensors", "losses.jsonl"):
         assert (tmp_path / name / file).read_bytes() == (swept.folder / name / file).read_bytes()
@@ -250,6 +251,7 @@ def test_the_map_shows_values_stopped_points_and_failures() -> None:
     words = ["".join(one.itertext()) for one in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"0.9", "stopped at 12", "failed", "0.003", "16", "Sweep: held-out loss"} <= set(words)
     assert figure_to_svg(plots.sweep_map(POINTS, "rate", "rank")) == svg
+    assert GRID_LINE not in svg  # showgrid=False: no line runs through a cell
     with pytest.raises(PlotError, match="no point has a finite held_out_loss"):
         plots.sweep_map([{**POINTS[0], "held_out_loss": float("inf")}], "rate", "rank")
 

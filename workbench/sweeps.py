@@ -39,9 +39,7 @@ class Sweep:
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
         if not (self.folder / INDEX).is_file():
-            raise ValueError(
-                f"{self.folder} holds no sweep: {INDEX} is missing. Start one: wb.sweep(lm, data, out, grid)."
-            )
+            raise ValueError(f"{self.folder} holds no sweep ({INDEX}). Start one: wb.sweep(lm, data, out, grid, ...).")
 
     def table(self) -> "pd.DataFrame":
         """A row a point: its settings, steps, tokens, loss, held_out_loss (nats a token), stopped, reason, seconds

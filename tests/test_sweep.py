@@ -190,6 +190,8 @@ def test_without_held_out_records_the_table_says_what_ranked(lm: LM, tmp_path: P
         ({"learning_rate": [1e-3, "1e-3"]}, {}, "learning_rate='1e-3' is no number"),
         ({"method": ["lora", "full"]}, {}, "method=full: method='full' makes no adapter"),
         ({"method": ["lora", "lore"]}, {}, "method='lore' is not known"),
+        ({"quantization": ["none", "int3"]}, {}, "quantization='int3' is not known"),
+        ({"targets": ["all-linear", "absent"]}, {}, "targets=absent: .*absent"),
         ({"rank": [4]}, {"rank": 8}, "rank is in the grid and beside it"),
         ({"rank": [4]}, {"until": 0.5}, "until: finetune has no such setting"),
         ({"rank": [4]}, {"keep": 0}, "keep=0 and rung=0.15"),

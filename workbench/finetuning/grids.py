@@ -9,6 +9,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from workbench.finetuning import finetune
+from workbench.finetuning.memory import linear_layers
 from workbench.finetuning.recipe import Recipe, make_recipe
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def recipe_of(lm: "LM", name: str, asked: Facts, until: float) -> Facts:
             raise ValueError(f"{name}: {field}={value!r} is no {'whole number' if kind is int else 'number'}.")
     try:
         recipe = make_recipe(lm, start, until, **wanted)[0]
+        linear_layers(lm.model, recipe.targets)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
     if recipe.method == "full":

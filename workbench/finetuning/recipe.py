@@ -79,6 +79,8 @@ def check(recipe: Recipe, until: float) -> None:
         raise ValueError(f"epochs={recipe.epochs} and learning_rate={recipe.learning_rate} must both be above 0.")
     if not 0 <= recipe.dropout < 1 or not 0 <= recipe.warmup < 1:
         raise ValueError(f"dropout={recipe.dropout} and warmup={recipe.warmup} are shares: give numbers from 0 to 1.")
+    if recipe.quantization not in ("auto", "nf4", "none"):
+        raise ValueError(f"quantization={recipe.quantization!r} is not known. Choose 'auto', 'nf4' or 'none'.")
     if not 0 < until <= 1:
         raise ValueError(f"until={until} is no share of the steps: give a number above 0 and at most 1.")
     if recipe.order not in ("shuffled", "given"):

@@ -117,5 +117,5 @@ def test_status_without_a_run_says_what_to_type(project: Path) -> None:
 
 def test_help_names_the_commands(project: Path) -> None:
     text = call("--help").stdout
-    for name in ("run", "status", "compare", "parameters", "report", "doctor"):
+    for name in ("run", "sweep", "status", "compare", "parameters", "report", "doctor"):
         assert name in text

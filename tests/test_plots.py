@@ -71,6 +71,11 @@ def every_figure():
         "damage": plots.behaviour_damage(AT_BUDGET, budget=0.5),
         "strip": plots.trace_strip({"plain": strip_rows({}), "residual-steered": strip_rows({2: 3.0, 5: 1.5})}),
         "lens": plots.lens_grid({"plain": lens_rows(" The", 0.6), "residual-steered": lens_rows("<|end|>", 0.2)}),
+        "sweep": plots.sweep_map(
+            [{"rate": r, "rank": 4, "held_out_loss": 1 - r, "steps": 9, "stopped": r > 0.1} for r in (0.1, 0.2)],
+            "rate",
+            "rank",
+        ),
         "mask": plots.token_mask(
             ["<|user|>", "2 + 2", "?", "<|end|>", "4", "\n"] * 40, [False, False, False, False, True, True] * 40
         ),

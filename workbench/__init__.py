@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from workbench.readouts import attention_to, head_attribution, logit_lens, trace
     from workbench.results import Results, load_results
     from workbench.served import connect
+    from workbench.sweeps import Sweep, sweep
     from workbench.synthesis import synthesize
     from workbench.synthesis.mixing import mix
     from workbench.synthesis.records import Data, load_data
@@ -96,6 +97,7 @@ _HOMES = {
     "workbench.served": ("connect",),
     "workbench.synthesis.mixing": ("mix",),
     "workbench.synthesis.records": ("Data", "load_data"),
+    "workbench.sweeps": ("Sweep", "sweep"),
     "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
@@ -106,12 +108,12 @@ _MODULES = ("plots", "runs", "statistics", "report")
 __all__ = [
     "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "LowRank",
     "ModelError", "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock",
-    "Stage", "Strategy", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget",
+    "Stage", "Strategy", "Sweep", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget",
     "condition", "connect", "contrast", "critical_weights", "damage", "evaluate", "extract", "few_shot", "finetune",
     "finetune_stages", "fit_gate", "head_attribution", "heads_writing", "instruction", "isolate", "load_data",
     "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "merge", "mix", "plots", "prefer",
     "preference_pairs", "project_out", "random_like", "read_pairs", "refusals", "reinforce", "report", "runs",
-    "statistics", "synthesize", "task_names", "trace", "train_vector",
+    "statistics", "sweep", "synthesize", "task_names", "trace", "train_vector",
 ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m workbench run | status | compare | parameters | report | doctor`.
+"""The command line: `python -m workbench run | sweep | status | compare | parameters | report | doctor`.
 
 Thin: each command reads its words, calls one function and prints. Bad input ends with exit code 2 before any work, a
 failed run with 1 and the next command to type.
@@ -14,12 +14,18 @@ from typing import Annotated, NoReturn
 import typer
 
 from workbench import runs
-from workbench.runs import comparison, params
+from workbench.runs import comparison, params, points
 from workbench.runs import status as state
 from workbench.runs.heartbeats import duration
 from workbench.runs.stages import project_root
 
-TOLD = ("ModelError", "RecordError", "StageError")  # their text says all: no source and no traceback beside it
+TOLD = (
+    "ModelError",
+    "RecordError",
+    "StageError",
+    "Diverged",
+    "ShortOfMemory",
+)  # their text says all: no source and no traceback beside it
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=(__doc__ or "").split("\n")[0]
@@ -29,6 +35,7 @@ Notebooks = Annotated[list[str] | None, typer.Argument(help="notebooks, or names
 Given = Annotated[list[str] | None, typer.Option("-p", "--parameter", metavar="NAME=VALUE", help="repeat as needed")]
 File = Annotated[Path | None, typer.Option("-f", "--file", help="YAML or JSON file of NAME: VALUE")]
 Out = Annotated[Path | None, typer.Option("--out", help="run folder; by default one named after the parameters")]
+Home = Annotated[Path, typer.Option("--out", help="folder for the runs, one folder for each combination")]
 Limit = Annotated[
     float | None, typer.Option("--timeout", min=0.001, help="seconds of wall-clock time for each notebook")
 ]
@@ -62,6 +69,44 @@ def run(
     print_times(done)
     print(comparison.main_table(done.folder))
     print(f"report: {done.report}" if done.report else f"results: {done.folder}")
+
+
+@app.command()
+def sweep(
+    out: Home,
+    notebooks: Notebooks = None,
+    parameter: Given = None,
+    file: File = None,
+    timeout: Limit = None,
+    fresh: Fresh = False,
+) -> None:
+    """Run notebooks once for every combination of -p NAME=V1,V2 and compare the runs; a second start goes on."""
+    signal.signal(signal.SIGTERM, interrupt)
+    failed: list[str] = []
+    try:
+        paths = runs.find_notebooks(notebooks)
+        found = points.combinations(points.split_values(params.gather(parameter or [], file)))
+        if (out / runs.OWN).is_dir():
+            raise params.ParameterError(f"{out} is a single run. Choose another folder for the sweep: --out FOLDER")
+        for name, given in found.items():  # all of them, before the first is run
+            runs.choose_folder(out / name, runs.plan(paths, given))
+        for number, (name, given) in enumerate(found.items(), start=1):
+            say(f"{name} ({number} of {len(found)})")
+            try:
+                runs.run(paths, given, out / name, timeout=timeout, fresh=fresh, say=say)
+            except runs.RunFailed as error:
+                say(str(error))
+                failed.append(name)
+    except ValueError as error:
+        end(str(error), 2)
+    except OSError as error:
+        end(f"the runs' files could not be written: {error}. Free space or choose another --out.", 1)
+    except KeyboardInterrupt:
+        end(f"interrupted. Continue with: {again()}", 130)
+    if done := [out / name for name in found if name not in failed]:
+        print(comparison.compare(done).text())
+    if failed:
+        end(f"failed: {', '.join(failed)}. What is done is kept; continue with: {again()}", 1)
 
 
 @app.command()

@@ -18,17 +18,9 @@ from workbench.files import content_key, sha256, write_atomic
 from workbench.finetuning.base import load_base, process_peak
 from workbench.finetuning.card import write_card
 from workbench.finetuning.folders import ADAPTER_FILES, finished, result_of, save_result
-from workbench.finetuning.methods import (
-    VIRTUAL,
-    Method,
-    check_method,
-    goes_on_from,
-    packing_reason,
-    settle_method,
-    trainable,
-)
+from workbench.finetuning.methods import Method, packing_reason, trainable
 from workbench.finetuning.options import Watching, held_out_records
-from workbench.finetuning.recipe import Recipe, check, kept_records, rate_for
+from workbench.finetuning.recipe import Recipe, kept_records, make_recipe
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import Data, Record, claim_folder
 
@@ -101,18 +93,13 @@ def finetune(
     seconds, memory, predictions. Raises `RecordError` for records that can't be trained on and `ValueError` for
     contradictory settings.
     """
-    method, quantization = settle_method(method, quantization)  # type: ignore[assignment]  # both are known by now
     records, where = kept_records(data)
-    rate, rate_reason = rate_for(lm, learning_rate, method)
-    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or batch_tokens
-    recipe = Recipe(
-        rank, 2 * rank if alpha is None else alpha, targets, epochs, rate, batch_tokens, batch_size,
-        min(max_length or context, context), quantization, packing, dropout, warmup, seed, save_steps,
-        method, virtual_tokens if method in VIRTUAL else 20, None, order, checkpointing,
+    recipe, rate_reason = make_recipe(
+        lm, start, until, rank=rank, alpha=alpha, targets=targets, epochs=epochs, learning_rate=learning_rate,
+        batch_tokens=batch_tokens, batch_size=batch_size, max_length=max_length, quantization=quantization,
+        packing=packing, dropout=dropout, warmup=warmup, seed=seed, save_steps=save_steps, method=method,
+        virtual_tokens=virtual_tokens, order=order, checkpointing=checkpointing,
     )  # fmt: skip
-    recipe = recipe if start is None else goes_on_from(lm, recipe, start)
-    check(recipe, until)
-    check_method(lm, recipe)
     scored = None if held_out is None else held_out_records(*kept_records(held_out), records)
     watching = Watching(scored, task, watch, memory, until)
     return _run(lm, records, where, recipe, Path(out), rate_reason, weights, start, watching)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.finetuning.memory import LIMIT, Activations, Plan, count_activations, free_memory, linear_layers, plan
 from workbench.finetuning.methods import fit_plan
+from workbench.finetuning.options import ShortOfMemory
 
 if TYPE_CHECKING:
     from workbench.finetuning.recipe import Recipe
@@ -30,14 +31,14 @@ def shape(recipe: "Recipe", lengths: Sequence[int], on_gpu: bool) -> tuple[int, 
 def fit(lm: "LM", recipe: "Recipe", lengths: Sequence[int], free: int | None = None) -> tuple[Plan, int]:
     """The plan for training on records of these lengths, and the tokens of a row.
 
-    free: bytes that training may use; what is free on the model's device unless given. Raises `ValueError` with the
+    free: bytes that training may use; what is free on the model's device unless given. Raises `ShortOfMemory` with the
     nearest plan that fits when this one needs more than `LIMIT` of them.
     """
     free = free_memory(lm.device) if free is None else free
     kept = count_activations(lm.model, linear_layers(lm.model, recipe.targets)[0])
     planned = _plan(lm, recipe, lengths, free, kept)
     if not _fits(planned):
-        raise ValueError(_refusal(lm, recipe, lengths, free, kept, planned))
+        raise ShortOfMemory(_refusal(lm, recipe, lengths, free, kept, planned))
     return planned, shape(recipe, lengths, lm.device.type == "cuda")[1]
 
 

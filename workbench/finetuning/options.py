@@ -6,12 +6,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from workbench.files import content_key
-from workbench.synthesis.records import Record
+from workbench.synthesis.records import Record, RecordError
 
 if TYPE_CHECKING:
     from workbench.tasks import Task
 
 Show = Callable[[list[dict[str, float]]], None]
+
+
+class Diverged(ValueError):
+    """The loss is no number any more: the same settings would end there again."""
+
+
+class ShortOfMemory(RecordError):
+    """These records can't be trained on in the memory that is free."""
 
 
 @dataclass(frozen=True)

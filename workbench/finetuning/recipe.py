@@ -4,10 +4,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.finetuning.methods import default_rate
+from workbench.finetuning.methods import VIRTUAL, check_method, default_rate, goes_on_from, settle_method
 from workbench.synthesis.records import Data, Record, RecordError, check_record, load_data
 
 if TYPE_CHECKING:
+    from workbench.interventions.adapter import Adapter
     from workbench.models import LM
 
 
@@ -44,6 +45,30 @@ class Recipe:
         }
 
 
+def make_recipe(lm: "LM", start: "Adapter | None", until: float, **asked: Any) -> tuple[Recipe, str]:
+    """What `finetune` is asked for with all that follows from the model filled in, and why this learning rate.
+
+    asked: all fields of `Recipe` but `start`, where alpha, learning_rate and max_length may be None. Raises ValueError
+    for numbers that can't be, contradictions, and methods that the model can't be trained by.
+    """
+    method, quantization = settle_method(asked["method"], asked["quantization"])
+    rate, reason = rate_for(lm, asked["learning_rate"], method)
+    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or asked["batch_tokens"]
+    settled = {
+        "alpha": 2 * asked["rank"] if asked["alpha"] is None else asked["alpha"],
+        "learning_rate": rate,
+        "max_length": min(asked["max_length"] or context, context),
+        "quantization": quantization,
+        "method": method,
+        "virtual_tokens": asked["virtual_tokens"] if method in VIRTUAL else 20,
+    }
+    recipe = Recipe(**{**asked, **settled})
+    recipe = recipe if start is None else goes_on_from(lm, recipe, start)
+    check(recipe, until)
+    check_method(lm, recipe)
+    return recipe, reason
+
+
 def check(recipe: Recipe, until: float) -> None:
     """Raise ValueError for numbers that can't be."""
     least = {"rank": 1, "alpha": 1, "batch_tokens": 1, "batch_size": 1, "max_length": 2, "save_steps": 1}
@@ -54,6 +79,8 @@ def check(recipe: Recipe, until: float) -> None:
         raise ValueError(f"epochs={recipe.epochs} and learning_rate={recipe.learning_rate} must both be above 0.")
     if not 0 <= recipe.dropout < 1 or not 0 <= recipe.warmup < 1:
         raise ValueError(f"dropout={recipe.dropout} and warmup={recipe.warmup} are shares: give numbers from 0 to 1.")
+    if recipe.quantization not in ("auto", "nf4", "none"):
+        raise ValueError(f"quantization={recipe.quantization!r} is not known. Choose 'auto', 'nf4' or 'none'.")
     if not 0 < until <= 1:
         raise ValueError(f"until={until} is no share of the steps: give a number above 0 and at most 1.")
     if recipe.order not in ("shuffled", "given"):

@@ -8,7 +8,6 @@ by a kill and is not resumed from.
 import contextlib
 import gc
 import json
-import math
 import random
 import shutil
 import sys
@@ -33,12 +32,12 @@ from trl import SFTConfig, SFTTrainer
 
 from workbench.files import sha256, write_atomic
 from workbench.finetuning.microbatch import is_out_of_memory, record_lengths, split
+from workbench.finetuning.options import ShortOfMemory
 from workbench.finetuning.packing import IGNORED, Example
-from workbench.finetuning.watching import Live, Rows, Scoring, Speed, curve_rows, held_out_loss
+from workbench.finetuning.watching import Live, Rows, Scoring, Speed, check_loss, curve_rows, held_out_loss
 from workbench.finetuning.weighting import columns
 from workbench.interventions.adapter import quiet_peft
 from workbench.runs import heartbeat
-from workbench.synthesis.records import RecordError
 
 MARKER = "complete.json"
 SHOWN = ("loss", "eval_loss", "eval_accuracy", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
@@ -111,7 +110,7 @@ class QuietTrainer(SFTTrainer):
             torch.cuda.empty_cache()
         step, lengths = self.state.global_step + 1, self.lengths
         if len(lengths) == 1:
-            raise RecordError(
+            raise ShortOfMemory(
                 f"Memory ran out in step {step} on a single record of {lengths[0]} tokens; it can't be split. Leave "
                 f"out records this long with max_length={lengths[0] - 1} or less, keep fewer activations with "
                 f"checkpointing=True, or load the base in 4 bits with quantization='nf4'. The library: {short[:200]}"
@@ -171,11 +170,7 @@ class Watch(TrainerCallback):
         entry = state.log_history[-1]
         if "loss" not in entry:
             return
-        if not math.isfinite(entry["loss"]):
-            raise ValueError(
-                f"The loss became {entry['loss']} at step {state.global_step}. Start again in a new folder with a "
-                f"smaller learning_rate (it was {args.learning_rate:g})."
-            )
+        check_loss("loss", entry["loss"], state.global_step, args.learning_rate)
         row = curve_rows(TrainerState(log_history=state.log_history[-2:]))[-1]
         fast = self.speed.rows[-1] if self.speed else {}
         self.rows.append({**row, **fast})

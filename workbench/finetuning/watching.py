@@ -6,6 +6,7 @@ MFU: model FLOPs utilisation, PaLM (arXiv 2204.02311, appendix B).
 """
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from workbench.files import write_atomic
+from workbench.finetuning.options import Diverged
 from workbench.finetuning.packing import Example
 from workbench.runs.heartbeats import FOLDER, in_notebook
 
@@ -156,6 +158,15 @@ def curve_rows(state: "TrainerState") -> Rows:
         for entry in state.log_history
         if "loss" in entry
     ]
+
+
+def check_loss(name: str, loss: float, step: int, learning_rate: float) -> None:
+    """Raise `Diverged` for a loss that is no number."""
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"The {name} became {loss} at step {step}. Start again in a new folder with a smaller learning_rate (it "
+            f"was {learning_rate:g})."
+        )
 
 
 @dataclass(frozen=True)

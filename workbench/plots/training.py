@@ -6,6 +6,9 @@ Leans on plotly. The loss alone is `plots.loss_curve`, which reports can print a
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import product
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -56,41 +59,79 @@ def _numbers(row: Row) -> str:
     return said + (f", MFU {row['mfu']:.0%}" if row.get("mfu") else "")
 
 
-def sweep_map(table: Table, x: str, y: str, value: str = "held_out_loss") -> go.Figure:
-    """Points of a sweep as a grid: the lower the value, the fuller the colour; stopped points say after which step.
+def sweep_map(table: Table, x: str, y: str, value: str | None = None) -> go.Figure:
+    """Points of a sweep as a grid: the lower the value, the fuller the colour, among points trained to the end.
 
-    Rows of `sweep`'s table: the settings `x` and `y`, `value`, `steps` and `stopped`. Where other settings vary
-    too, the best point of each cell is shown.
+    Rows of `Sweep.table()`: the settings `x` and `y`, `value`, `steps` and `stopped`. `value` is held_out_loss unless
+    given, or loss where nothing was held out. A stopped point is white, crossed by a line and says after which step;
+    its value is not of the end and colours nothing. A failed point has two lines. Where further settings vary too, a
+    cell shows its best point.
 
     >>> row = {"learning_rate": 1e-3, "rank": 4, "held_out_loss": 0.5, "steps": 9, "stopped": False}
     >>> sweep_map([row], "learning_rate", "rank").layout.annotations[0].text
     '0.5'
     """
-    rows = rows_of(table, (x, y, value, "steps", "stopped"))
-    columns, lines = (sorted({row[name] for row in rows}) for name in (x, y))
-    low, high = (pick(row[value] for row in rows) for pick in (min, max))
-    if not math.isfinite(low):
+    rows = rows_of(table, (x, y, "steps", "stopped"))
+    if value is None:
+        value = "loss" if all(is_missing(row.get("held_out_loss")) for row in rows) else "held_out_loss"
+    ended = [row[value] for row in rows if not row["stopped"] and _counts(row, value)]
+    if not any(_counts(row, value) for row in rows):
         raise PlotError(f"sweep_map: no point has a finite {value}.")
-    notes, words = [], []
-    for place, line in ((place, line) for place in columns for line in lines):
+    columns, lines = (_places(row[name] for row in rows) for name in (x, y))
+    fig, words = go.Figure(), []
+    fig.add_scatter(x=[None], y=[None], mode="markers", showlegend=False)
+    for (across, place), (up, line) in product(enumerate(columns), enumerate(lines)):
         cell = [row for row in rows if (row[x], row[y]) == (place, line)]
         if not cell:
             continue
-        best = min(cell, key=lambda row: (row["stopped"], row[value]))
-        share = (high - best[value]) / (high - low) if high > low else 1.0
-        text = f"{best[value]:.3g}" + (f"<br>stopped at {best['steps']:g}" if best["stopped"] else "")
-        fill = faded(CELL, round(0.1 + 0.7 * share, 3))
-        where = {"x": columns.index(place), "y": lines.index(line), "showarrow": False, "font": {"size": 13}}
-        notes.append({**where, "text": text, "bgcolor": fill, "width": 96, "height": 40})
-        words.append(f"{x} {place:g}, {y} {line:g}: {text.replace('<br>', ', ')}")
-    fig = go.Figure(layout={"annotations": notes})
-    fig.add_scatter(x=[None], y=[None], mode="markers", showlegend=False)
+        best = min(cell, key=lambda row: (row["stopped"], row[value]) if _counts(row, value) else (2, 0.0))
+        failed = not _counts(best, value)
+        text = "failed" if failed else f"{best[value]:.3g}"
+        text += f"<br>stopped at {best['steps']:g}" if best["stopped"] else ""
+        full = 0.0 if failed or best["stopped"] else _share(best[value], min(ended), max(ended))
+        _draw_cell(fig, across, up, text, full, crossed=2 if failed else int(best["stopped"]))
+        words.append(f"{x} {_said(place)}, {y} {_said(line)}: {text.replace('<br>', ', ')}")
     for update, values in ((fig.update_xaxes, columns), (fig.update_yaxes, lines)):
-        ticks = {"tickvals": list(range(len(values))), "ticktext": [f"{number:g}" for number in values]}
+        ticks = {"tickvals": list(range(len(values))), "ticktext": [_said(one) for one in values]}
         update(range=[-0.6, len(values) - 0.4], showgrid=False, **ticks)
-    fig.update_layout(height=170 + 56 * len(lines), width=180 + 120 * len(columns))
-    title = value.replace("_", " ").replace("held out", "held-out")
-    return finish(fig, f"Sweep: {title}", _title(x), _title(y), f"{title}. " + "; ".join(words) + ".")
+    title = {"held_out_loss": "held-out loss", "loss": "training loss"}.get(value, value.replace("_", " "))
+    wide = max(180 + 120 * len(columns), 220 + 9 * len(title))
+    fig.update_layout(height=170 + 56 * len(lines), width=wide)
+    return finish(fig, f"Sweep: {title}", _title(x), _title(y), f"{title.capitalize()}. " + "; ".join(words) + ".")
+
+
+def _counts(row: Row, value: str) -> bool:
+    """Whether a point has a value at all: a failed one has none, or one that is no number."""
+    return not is_missing(row.get(value)) and math.isfinite(row[value])
+
+
+def _share(value: float, low: float, high: float) -> float:
+    """Opacity of a cell: the lowest of the ended points is fullest, the highest palest but not white."""
+    return round(0.15 + 0.65 * ((high - value) / (high - low) if high > low else 1.0), 3)
+
+
+def _draw_cell(fig: go.Figure, across: int, up: int, text: str, full: float, crossed: int) -> None:
+    """A rectangle with its text; `crossed` diagonals under it."""
+    left, right, bottom, top = across - 0.46, across + 0.46, up - 0.43, up + 0.43
+    fill = faded(CELL, full) if full else "#ffffff"
+    edge = {"color": faded(INK, 0.35), "width": 1}
+    fig.add_shape(type="rect", x0=left, x1=right, y0=bottom, y1=top, fillcolor=fill, line=edge, layer="below")
+    for start, end in ((bottom, top), (top, bottom))[:crossed]:
+        line = {"color": faded(INK, 0.35), "width": 1.5}
+        fig.add_shape(type="line", x0=left, x1=right, y0=start, y1=end, line=line, layer="below")
+    back = {"bgcolor": "#ffffff"} if crossed else {}
+    fig.add_annotation(x=across, y=up, text=text, showarrow=False, font={"size": 13}, **back)
+
+
+def _places(values: Iterable[Any]) -> list[Any]:
+    """Different values in order: numbers by size, anything else by its name."""
+    found = list(dict.fromkeys(values))
+    numbers = all(isinstance(one, int | float) for one in found)
+    return sorted(found) if numbers else sorted(found, key=str)
+
+
+def _said(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def _title(name: str) -> str:

@@ -183,10 +183,9 @@ def _draw_frame(axes: Axes, spec: Spec) -> None:
     layout = spec["layout"]
     axes.set_title(plain(nested(layout, "title", "text") or ""), loc="left", fontsize=17, pad=26, color=INK)
     axes.set_axisbelow(True)
-    axes.grid(True, color=GRID, linewidth=1)
-    for letter in "xy":
-        if not layout.get(f"{letter}axis", {}).get("showgrid", True):
-            getattr(axes, f"{letter}axis").grid(visible=False)
+    for name, axis in (("xaxis", axes.xaxis), ("yaxis", axes.yaxis)):
+        if layout.get(name, {}).get("showgrid") is not False:
+            axis.grid(True, color=GRID, linewidth=1)
     for side, spine in axes.spines.items():
         spine.set_visible(
             side in ("left", "bottom") and layout.get(f"{'xy'[side == 'left']}axis", {}).get("visible", True)

@@ -211,3 +211,27 @@ def test_the_card_says_what_was_done(lm: LM, tmp_path: Path) -> None:
         assert part in card
     assert f"{report['loss']['last']:.4f} at the last" in card
     assert isinstance(adapter, Adapter)
+
+
+def test_pausing_all_weights_and_packing_a_given_order_are_refused(lm: LM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pauses with an adapter, and method='full' makes none"):
+        finetune(lm, RECORDS, tmp_path / "a", method="full", until=0.5)
+    with pytest.raises(ValueError, match="order='given' keeps the records' order"):
+        finetune(lm, RECORDS, tmp_path / "b", order="given")
+    assert not list(tmp_path.iterdir())
+
+
+def test_records_are_learnt_in_the_order_given(lm: LM, tmp_path: Path) -> None:
+    """The first batch's loss is that of the first records alone; shuffled, it is another."""
+    ordered = QUICK | {"packing": False, "batch_size": 4, "epochs": 1, "learning_rate": 1e-9}
+    seen = {}
+    for order in ("given", "shuffled"):
+        finetune(lm, RECORDS, tmp_path / order, order=order, **ordered)
+        lines = (tmp_path / order / "losses.jsonl").read_text().splitlines()
+        seen[order] = [json.loads(line)["loss"] for line in lines]
+    for place in (0, 1):
+        part = RECORDS[4 * place : 4 * place + 4]
+        finetune(lm, part, tmp_path / f"alone-{place}", **ordered)
+        alone = json.loads((tmp_path / f"alone-{place}" / "losses.jsonl").read_text().splitlines()[0])["loss"]
+        assert seen["given"][place] == pytest.approx(alone, rel=1e-4)
+    assert seen["shuffled"] != pytest.approx(seen["given"], rel=1e-3)

@@ -83,6 +83,8 @@ def check(recipe: Recipe, until: float) -> None:
         raise ValueError(f"quantization={recipe.quantization!r} is not known. Choose 'auto', 'nf4' or 'none'.")
     if not 0 < until <= 1:
         raise ValueError(f"until={until} is no share of the steps: give a number above 0 and at most 1.")
+    if until < 1 and recipe.method == "full":
+        raise ValueError(f"until={until} pauses with an adapter, and method='full' makes none. Leave until out.")
     if recipe.order not in ("shuffled", "given"):
         raise ValueError(f"order={recipe.order!r} is not known. Choose 'shuffled' or 'given'.")
     if recipe.order == "given" and recipe.packing:

@@ -5,7 +5,8 @@ end of training: on a GPU of what torch has allocated, on a CPU of the process's
 back to the system at once. It is made of the base's weights, the adapter with gradients and Adam's moments, what the
 forward pass keeps for the backward pass, the larger of the output head's buffers and those of one block's backward
 pass, and what the libraries load late. What a token keeps is counted on the loaded model itself, so it holds for any
-architecture. Not covered: full-weight training, memory that other processes take meanwhile.
+architecture. Not covered: full-weight training, an adapter's own dropout, memory that other processes
+take meanwhile.
 
 Left alone, glibc keeps freed memory for later, and a run is resident with up to twice as much as it uses (see
 `TIGHT`). Giving it back costs time, so `growth` asks for that only where memory is short.
@@ -167,9 +168,14 @@ def _kept_bytes(model: PreTrainedModel, adapted: list[nn.Module], tokens: int) -
     table = model.get_input_embeddings()
     ids = torch.arange(tokens, device=model.device)[None]
     was_training = model.training
-    model.eval()
+    model.train()  # the masks of a model's own dropout are kept too
+    devices = [model.device] if model.device.type == "cuda" else []
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with (
+            torch.random.fork_rng(devices=devices),
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        ):
             start = table(ids % table.weight.shape[0]).detach().requires_grad_()
             output = model.base_model(
                 inputs_embeds=start, position_ids=ids, attention_mask=(ids != ids[0, -1]).long(), use_cache=False

@@ -5,8 +5,7 @@ end of training: on a GPU of what torch has allocated, on a CPU of the process's
 back to the system at once. It is made of the base's weights, the adapter with gradients and Adam's moments, what the
 forward pass keeps for the backward pass, the larger of the output head's buffers and those of one block's backward
 pass, and what the libraries load late. What a token keeps is counted on the loaded model itself, so it holds for any
-architecture. Not covered: full-weight training, an adapter's own dropout, memory that other processes
-take meanwhile.
+architecture. Not covered: full-weight training, an adapter's own dropout, memory that other processes take meanwhile.
 
 Measured on a CPU with Linux (bench/finetuning.py, six runs of 4M to 57M parameters): from 12 % below the truth to none
 above it; the part of a run below 200 MB that the libraries take varies most. Where a block that is made anew outweighs

@@ -11,7 +11,7 @@ Measured on a CPU with Linux (bench/finetuning.py, six runs of 4M to 57M paramet
 above it; the part of a run below 200 MB that the libraries take varies most. Where a block that is made anew outweighs
 the head (two runs), up to 11 % above. Not measured: GPUs, macOS, Windows, preference training.
 
-Left alone, glibc keeps freed memory for later, and a run is resident with up to twice as much as it uses (see
+Left alone, glibc keeps freed memory for later, and a run is resident with up to 2.7 times what it uses (see
 `TIGHT`). Giving it back costs time, so `growth` asks for that only where memory is short.
 """
 

@@ -1,7 +1,9 @@
 """How near the predictions before a fine-tune come: peak memory and seconds, of six runs that differ in what dominates.
 
 Each run has a process of its own, so that none finds the memory of another. Random Llamas have the lab's tokenizer and
-a larger vocabulary that it doesn't use; records are the lab task's own solutions.
+a larger vocabulary that it doesn't use; records are the lab task's own solutions. Each is run twice: once for an epoch
+with glibc giving freed memory back at once, as `finetune` does where memory is short, and once as it is left alone,
+for the seconds and for the memory that it then holds in all ("kept").
 """
 
 import json
@@ -16,6 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import workbench as wb
+from workbench.finetuning.memory import KEPT
 from workbench.tasks import Task
 
 # about 25 and 80 million parameters
@@ -35,6 +38,9 @@ RUNS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "80M, NF4, packed, checkpointing": ("80M", "float32", 24, {"quantization": "nf4", "checkpointing": True}),
 }  # fmt: skip
 
+# what `growth` asks of glibc where memory is tight, in the words of glibc's own environment
+RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(KEPT), "MALLOC_TRIM_THRESHOLD_": str(2 * KEPT)}
+
 
 def lines(task: Task, names: tuple[str, ...] = tuple(RUNS)) -> list[dict[str, Any]]:
     """Table rows: predicted and measured, and the error of the prediction as a share of what was measured."""
@@ -45,12 +51,13 @@ def lines(task: Task, names: tuple[str, ...] = tuple(RUNS)) -> list[dict[str, An
             if any(RUNS[name][0] == shape for name in names):
                 _make(shape, home / shape)
         for name in names:
-            report = _run(task, name, home)
-            guess, truth = report["estimate"], report["measured"]
+            tight, report = _run(task, name, home, RETURNED), _run(task, name, home, {})
+            guess, truth = report["estimate"], {**report["measured"], "bytes": tight["measured"]["bytes"]}
             row: dict[str, Any] = {"run": name, "steps": report["steps"]}
             for what, unit, scale in (("bytes", "MB", 1e6), ("seconds", "s", 1)):
                 row |= {f"predicted, {unit}": guess[what] / scale, f"measured, {unit}": truth[what] / scale}
                 row[f"error, {unit}"] = f"{guess[what] / truth[what] - 1:+.0%}"
+            row["kept, MB"] = report["measured"]["bytes"] / 1e6
             found.append(row | {"MFU": report["speed"]["mfu"]})
     return found
 
@@ -72,17 +79,17 @@ def _make(shape: str, folder: Path) -> None:
     lab.tokenizer.save_pretrained(folder)
 
 
-def _run(task: Task, name: str, home: Path) -> dict[str, Any]:
-    """What training.json says of one run, made by a fresh process."""
-    out = home / "out" / name.replace(" ", "-")
-    command = [sys.executable, "-m", "bench.finetuning", name, task.name, str(home), str(out)]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+def _run(task: Task, name: str, home: Path, more: dict[str, str]) -> dict[str, Any]:
+    """What training.json says of one run, made by a fresh process with `more` in its environment."""
+    out = home / ("returned" if more else "kept") / name.replace(" ", "-")
+    command = [sys.executable, "-m", "bench.finetuning", name, task.name, str(home), str(out), "1" if more else "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **more}
     subprocess.run(command, check=True, env=environment, capture_output=True)
     found: dict[str, Any] = json.loads((out / "training.json").read_text(encoding="utf-8"))
     return found
 
 
-def _child(name: str, task_name: str, home: str, out: str) -> None:
+def _child(name: str, task_name: str, home: str, out: str, epochs: str) -> None:
     model, dtype, n, settings = RUNS[name]
     folder = Path(home) / model
     lm = wb.load_model(folder if folder.is_dir() else model, dtype=dtype)
@@ -91,7 +98,8 @@ def _child(name: str, task_name: str, home: str, out: str) -> None:
     records = [
         {"messages": [*task.messages(row), {"role": "assistant", "content": row["solutions"]["steps"]}]} for row in rows
     ]
-    wb.finetune(lm, records, out, **{"quantization": "none", "checkpointing": False, "save_steps": 10, **settings})
+    always = {"quantization": "none", "checkpointing": False, "save_steps": 10, "epochs": int(epochs)}
+    wb.finetune(lm, records, out, **{**always, **settings})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import pytest
 from tests.test_finetune import QUICK, RECORDS
 from workbench.finetuning import finetune
 from workbench.finetuning.fitting import fit, nearest
-from workbench.finetuning.memory import LIMIT, count_activations, linear_layers
+from workbench.finetuning.memory import LIBRARIES, LIMIT, count_activations, linear_layers
 from workbench.finetuning.recipe import Recipe
 from workbench.models import LM, load_model
 
@@ -30,7 +30,7 @@ def test_every_suggestion_passes_and_the_first_setting_is_changed_first(lm: LM, 
     need = fit(lm, recipe, LENGTHS, free=10**12)[0].bytes_needed
     names = []
     for share in (0.95, 0.7, 0.5, 0.3):
-        free = int(share * need / LIMIT)
+        free = int((LIBRARIES + share * (need - LIBRARIES)) / LIMIT)
         with pytest.raises(ValueError, match=r"Training needs about [\d,]+ bytes"):
             fit(lm, recipe, LENGTHS, free)
         found = nearest(lm, recipe, LENGTHS, free, kept)
@@ -55,7 +55,7 @@ def test_a_run_that_does_not_fit_is_refused_before_loading(
     monkeypatch.setattr("workbench.finetuning.load_base", loaded)
     options: dict[str, Any] = {**QUICK, "checkpointing": False}
     with pytest.raises(ValueError, match="The nearest settings that fit: ") as refused:
-        finetune(lm, RECORDS, tmp_path / "a", memory=2_000_000, **options)
+        finetune(lm, RECORDS, tmp_path / "a", memory=LIBRARIES + 5_000_000, **options)
     assert not (tmp_path / "a").exists()
     words = re.search(r"fit: (.*) \(about", str(refused.value))
     assert words is not None

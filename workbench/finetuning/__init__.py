@@ -163,7 +163,7 @@ def _train(
     from workbench.finetuning.memory import growth
     from workbench.finetuning.preparing import set_up
 
-    with training.own_random_state(lm.device), training.quiet_libraries(), growth(lm.device) as grown:
+    with training.own_random_state(lm.device), training.quiet_libraries(), growth(lm.device, planned.tight) as grown:
         model = load_base(lm, planned)
         packed, packing = _packing(model, examples, recipe)
         model, adapter = trainable(model, recipe, start)

@@ -27,6 +27,10 @@ def load_base(lm: "LM", planned: "Plan") -> "PreTrainedModel":
             f"{lm.name} on disk is now revision {base.revision}, but the loaded model is {lm.revision}. "
             f"Load it again with load_model({lm.name!r}) and start in a new folder."
         )
+    if planned.quantization and lm.device.type == "cpu":
+        for weight in base.model.parameters():
+            if weight.is_floating_point():  # a view of the file, all of which would stay in memory with it
+                weight.data = weight.data.clone()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     return base.model

@@ -42,7 +42,8 @@ class Bench:
     questions: int = 100
     samples: int = 3
     tokens: int = 2000
-    epochs: float = 4
+    epochs: float = 6
+    batch_tokens: int = 512  # some 45 steps: with 2,048 there were 8, and what moves the style most looked best
     n: int = 200
     limit: int = 160
 
@@ -83,7 +84,8 @@ class Bench:
         **training: Any,
     ) -> tuple[Results, dict[str, Any]]:
         """Train on exactly these records and answer the test questions without a cue, or with the one taught."""
-        settings: dict[str, Any] = {"epochs": self.epochs, "quantization": "none", "seed": seed} | training
+        settings: dict[str, Any] = {"epochs": self.epochs, "batch_tokens": self.batch_tokens} | training
+        settings |= {"quantization": "none", "seed": seed}
         adapter = finetune(self.lm, cut, out / "adapters" / name, **settings)
         assert isinstance(adapter, Adapter)  # only method="full" leaves a folder
         condition: list[Any] = [adapter] if cue is None else [adapter, cue]
@@ -145,7 +147,10 @@ def _programs(bench: Bench, seed: int, out: Path, *, name: str, again: bool) -> 
     if not again:
         return bench.taught(seed, out, first, name, task=asking)
     cut = bench.cut(seed, out, first, f"{name}-first")
-    writer = finetune(bench.lm, cut, out / "adapters" / f"{name}-first", epochs=2, quantization="none", seed=seed)
+    writer = finetune(
+        bench.lm, cut, out / "adapters" / f"{name}-first", epochs=bench.epochs, batch_tokens=bench.batch_tokens,
+        quantization="none", seed=seed,
+    )  # fmt: skip
     assert isinstance(writer, Adapter)
     with bench.lm.apply(writer):
         settings: dict[str, Any] = {"strategy": Strategy("bare"), "samples": bench.samples, "out": out / "own-programs"}
@@ -163,14 +168,17 @@ def _conditioned(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Resu
 
 
 def _internalised(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Results, dict[str, Any]]:
-    """Stages with 0, 1, 2, 4 and all first steps removed, one epoch each (internalised chain of thought)."""
+    """Stages with 0, 1, 2, 4 and all first steps removed, two epochs each (internalised chain of thought)."""
     stages, made = [], None
     for removed in (0, 1, 2, 4, 99):
         edit = partial(edits.without_steps, removed=removed)
         made = bench.sampled(seed, out, edits=[edit], threshold=1.0)
         stages.append(Stage(f"without-{removed}", bench.cut(seed, out, made, f"{name}-{removed}")))
     assert made is not None
-    staged = finetune_stages(bench.lm, stages, out / "adapters" / name, epochs=1, quantization="none", seed=seed)
+    staged = finetune_stages(
+        bench.lm, stages, out / "adapters" / name, epochs=2, batch_tokens=bench.batch_tokens,
+        quantization="none", seed=seed,
+    )  # fmt: skip
     asked: dict[str, Any] = {"n": bench.n, "seed": 0, "max_new_tokens": bench.limit}
     return evaluate(bench.lm, bench.task, {name: [staged.adapter]}, **asked), bench.facts(made, made)
 
@@ -178,8 +186,8 @@ def _internalised(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Res
 def _settings(bench: Bench) -> dict[str, dict[str, Any]]:
     """Arms that are one sampling: what is given to `Bench.sampled`, and as `how` to `Bench.taught`."""
     long = {"style": "long"}
-    unpacked = {"packing": False}
-    in_order: dict[str, Any] = unpacked | {"order": "given"}
+    unpacked = {"packing": False, "batch_size": 5}
+    in_order: dict[str, Any] = unpacked | {"order": "given"}  # batches of 5 records are about 512 tokens
     sampled: dict[str, dict[str, Any]] = {
         BASELINE: {"select": "shortest"},
         "rejection, random": {"select": "random"},
@@ -256,7 +264,7 @@ def main() -> None:
     chosen: dict[str, Callable[..., Any]] = {
         name: work for name, work in arms(bench).items() if not options.only or name in (*options.only, BASELINE)
     }
-    numbers = {k: getattr(bench, k) for k in ("questions", "samples", "tokens", "epochs", "n", "limit")}
+    numbers = {k: getattr(bench, k) for k in ("questions", "samples", "tokens", "epochs", "batch_tokens", "n", "limit")}
     settings = numbers | {
         "model": bench.lm.revision,
         "teacher": bench.teacher.revision,

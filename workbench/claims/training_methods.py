@@ -3,8 +3,8 @@
 Every seed trains a start on few of the model's own verified answers, then samples once from it for the arms that learn
 from fixed answers; the arms that sample as they go get as many answers. All go on from the start (rejection
 fine-tuning, arXiv 2308.01825, trains anew on all right answers). Learning rates were tried on the tuning split with one
-seed only, n = 150: DPO 1e-3 (ruins the model), 2e-4, 5e-5; SFT on the chosen 2e-4; GRPO 1e-3, 3e-4. Other arms take
-these.
+seed only, n = 150: DPO 1e-3 (ruins the model), 2e-4, 5e-5; length-normalised DPO and KTO 2e-4, 5e-5; SFT on the chosen
+2e-4; GRPO 1e-3, 3e-4. Other arms take these.
 Not covered: other models and tasks, and the spread over training seeds, of which there are few.
 
     python -m workbench.claims.training_methods --seeds 0 1 2 --minutes 8

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.folders import reachable
 from workbench import doctor
 from workbench.models import choose_device, choose_dtype
 from workbench.sandbox import isolation
@@ -104,11 +105,10 @@ def test_a_full_disk_fails(tmp_path: Path):
 
 def program(folder: Path, body: str) -> str:
     folder = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder))
-    for each in (folder, *folder.parents[:3]):  # root starts it as nobody, who has to get there
-        each.chmod(0o755)
     file = folder / "bwrap"
     file.write_text(f"#!/bin/sh\n{body}\n")
     file.chmod(0o755)
+    reachable(file.parent)
     return str(file)
 
 

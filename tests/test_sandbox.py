@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.folders import reachable
 from workbench.evaluation import evaluate
 from workbench.sandbox import Limits, SandboxError, inside, isolation, jail, judge_tests, run_many, run_python
 from workbench.tasks import load_task
@@ -225,8 +226,7 @@ def test_nothing_runs_where_nothing_isolates(program: str, words: tuple[str, ...
     if program == "exit 1":
         (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'setting up uid map: Permission denied' >&2\nexit 1\n")
         (tmp_path / "bwrap").chmod(0o755)
-        for folder in (tmp_path, *tmp_path.parents[:2]):  # root starts it as nobody, who has to get there
-            folder.chmod(0o755)
+        reachable(tmp_path)
         program = str(tmp_path / "bwrap")
     if sys.platform != "linux":
         words = ("Linux on",)

@@ -188,7 +188,11 @@ def test_without_held_out_records_the_table_says_what_ranked(lm: LM, tmp_path: P
         ({"rank": [4, 0]}, {}, "rank=0: rank=0 is too small"),
         ({"rank": [4, 4.5]}, {}, "rank=4.5 is no whole number"),
         ({"learning_rate": [1e-3, "1e-3"]}, {}, "learning_rate='1e-3' is no number"),
-        ({"method": ["lora", "full"]}, {}, "method=full: method='full' makes no adapter"),
+        (
+            {"method": ["lora", "full"]},
+            {},
+            "method=full: until=0.15 pauses with an adapter, and method='full' makes none",
+        ),
         ({"method": ["lora", "lore"]}, {}, "method='lore' is not known"),
         ({"quantization": ["none", "int3"]}, {}, "quantization='int3' is not known"),
         ({"targets": ["all-linear", "absent"]}, {}, "targets=absent: .*absent"),

@@ -229,8 +229,9 @@ def arms(bench: Bench) -> dict[str, Work]:
         name: partial(_sampled, bench, name=_file(name), **settings) for name, settings in _settings(bench).items()
     }
     made["long 1/4, short 3/4"] = partial(
-        _mixed, bench, name="long-short", parts={"short": {}, "long": long}, shares={"short": 0.75, "long": 0.25}
-    )
+        _mixed, bench, name="long-short", parts={"short": {}, "long": {"style": "long"}},
+        shares={"short": 0.75, "long": 0.25},
+    )  # fmt: skip
     made["weak 1/2, strong 1/2"] = partial(
         _mixed, bench, name="weak-strong", parts={"strong": {}, "weak": {"lm": bench.weak}},
         shares={"strong": 0.5, "weak": 0.5},

@@ -1,4 +1,4 @@
-"""Tables of arms over seeds: what is saved is not run again, and every arm of the shipped tables can be set up and run."""
+"""Tables of arms over seeds: what is saved is not run again, and every arm of the shipped tables can be run."""
 
 from pathlib import Path
 from typing import Any

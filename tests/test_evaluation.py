@@ -1,22 +1,28 @@
 """Conditions alone equal conditions together, resumed equals uninterrupted, strength 0 equals plain."""
 
 import json
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import tiny_lm
-from workbench.evaluation import evaluate, peak_memory
+from workbench.evaluation import Answer, Ask, cost, evaluate, peak_memory
+from workbench.evaluation.cost import forward_flops
 from workbench.grid import best, grid
 from workbench.interventions import Residual, extract
 from workbench.models import LM
 from workbench.prompts import contrast, instruction
 from workbench.results import load_results, shows_steps
 from workbench.statistics import paired_difference, wilson
-from workbench.tasks import Task
+from workbench.tasks import Task, Verdict
 
 SAME = ["id", "condition", "prompt", "output", "extracted", "correct", "tokens_in", "tokens_out", "forward_passes"]
 
@@ -66,7 +72,7 @@ def test_a_finished_condition_is_not_run_again_and_a_damaged_one_is(
 ) -> None:
     conditions = {"plain": [], "pushed": [push(lm)]}
     first = evaluate(lm, word_problems, conditions, n=4, max_new_tokens=8, out=tmp_path)
-    files = sorted((tmp_path / "conditions").glob("*.json"))
+    files = sorted((tmp_path / "conditions").rglob("*.json"))
     files[0].write_text(files[0].read_text()[:100])
     runs: list[int] = []
     original = type(lm).generate
@@ -138,3 +144,131 @@ def test_strengths_may_come_from_a_data_frame(lm: LM, word_problems: Task) -> No
         assert [each.token_ids for each in given] == [each.token_ids for each in wanted]
     labels = best(pd.DataFrame({"strength": [1.0], "keys": [0.5], "accuracy": [0.2]}))
     assert type(labels["keys"]) is float
+
+
+@dataclass(frozen=True)
+class Twice:
+    """Two samples a question, at a temperature; the second is the answer."""
+
+    temperature: float = 1.0
+    chunk: int = 2
+
+    def solve(self, ask: Ask) -> list[Answer]:
+        places = [place for place in range(len(ask.rows)) for _ in range(2)]
+        prompts = [ask.prompt(place) for place in places]
+        found = ask.generate(prompts, places, temperature=self.temperature, draws=[0, 1] * len(ask.rows))
+        pairs = [found[at : at + 2] for at in range(0, len(found), 2)]
+        return [Answer(b.text, samples=(a.text, b.text), facts={"first": a.text}) for a, b in pairs]
+
+
+def test_scores_do_not_depend_on_batch_size_or_order(lab: LM, word_problems: Task) -> None:
+    conditions = {"plain": [], "told": [instruction("steps")], "sampled": [Twice(0.7)]}
+    found = [
+        evaluate(lab, word_problems, conditions, n=20, max_new_tokens=60, batch_size=size).rows for size in (1, 7, 64)
+    ]
+    turned = replace(word_problems, draw=lambda *asked: word_problems.draw(*asked)[::-1])
+    found.append(evaluate(lab, turned, conditions, n=20, max_new_tokens=60).rows)
+    columns = ["output", "extracted", "correct", "tokens_in", "tokens_out", "flops"]
+    first, *others = (rows.set_index(["condition", "id"]).sort_index()[columns] for rows in found)
+    assert first.output.nunique() > 40
+    for other in others:
+        pd.testing.assert_frame_equal(first, other)
+
+
+def test_samples_are_distinct_counted_and_judged(lab: LM, word_problems: Task) -> None:
+    rows = evaluate(lab, word_problems, {"sampled": [instruction("steps"), Twice()]}, n=12, max_new_tokens=60).rows
+    samples = rows.samples.tolist()
+    assert sum(a["output"] != b["output"] for a, b in samples) > 6
+    assert (rows.calls == 2).all()
+    asked = {row["id"]: row for row in word_problems.rows("test", n=12, seed=0)}
+    for name, output, judged in zip(rows.id, rows.output, samples, strict=True):
+        assert judged[1]["output"] == output
+        assert [
+            task_says.correct
+            for task_says in word_problems.verify_many([asked[name]] * 2, [s["output"] for s in judged])
+        ] == [s["correct"] for s in judged]
+
+
+@dataclass(frozen=True)
+class Falls(Twice):
+    """`Twice`, which dies at its third chunk when told to."""
+
+    after: ClassVar[int] = 99
+    done: ClassVar[list[str]] = []
+
+    def solve(self, ask: Ask) -> list[Answer]:
+        if len(self.done) >= self.after:
+            raise KeyboardInterrupt
+        self.done.extend(str(row["id"]) for row in ask.rows)
+        return super().solve(ask)
+
+
+def test_a_killed_condition_goes_on_and_nothing_is_asked_twice(
+    lm: LM, word_problems: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conditions = {"sampled": [Falls()]}
+    monkeypatch.setattr(Falls, "done", [])
+    whole = evaluate(lm, word_problems, conditions, n=7, max_new_tokens=6)
+    monkeypatch.setattr(Falls, "done", [])
+    monkeypatch.setattr(Falls, "after", 4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(lm, word_problems, conditions, n=7, max_new_tokens=6, out=tmp_path)
+    monkeypatch.setattr(Falls, "after", 99)
+    resumed = evaluate(lm, word_problems, conditions, n=7, max_new_tokens=6, out=tmp_path)
+    pd.testing.assert_frame_equal(whole.rows[[*SAME, "samples"]], resumed.rows[[*SAME, "samples"]])
+    assert sorted(Falls.done) == sorted(whole.rows.id)  # each question once, over both starts
+    more = evaluate(lm, word_problems, conditions, n=10, max_new_tokens=6, out=tmp_path)
+    assert more.rows.id.tolist()[:7] == whole.rows.id.tolist()
+    assert len(Falls.done) == 7 + 4  # the last chunk held one question of its two
+
+
+def test_a_verifier_that_hangs_is_stopped_and_counted(lm: LM, word_problems: Task) -> None:
+    def judge(row: dict[str, Any], text: str) -> Verdict:
+        while row["id"] == first:
+            with suppress(Exception):  # as careless code has it
+                time.sleep(0.01)
+        return Verdict(True, "1")
+
+    first = word_problems.rows(n=3)[0]["id"]
+    stuck = replace(word_problems, judge=judge)
+    rows = evaluate(lm, stuck, {"plain": []}, n=3, max_new_tokens=2, verify_seconds=0.3).rows
+    assert rows.hung.tolist() == [True, False, False]
+    assert rows.unparsed.tolist() == [True, False, False]
+    assert rows.correct.tolist() == [False, True, True]
+
+
+def test_a_solver_that_could_not_be_told_from_another_is_refused(lm: LM, word_problems: Task) -> None:
+    @dataclass(frozen=True)
+    class Scored(Twice):
+        score: Any = len
+
+    with pytest.raises(ValueError, match="could not say which one"):
+        evaluate(lm, word_problems, {"scored": [Scored()]}, n=2)
+    with pytest.raises(ValueError, match="2 solvers"):
+        evaluate(lm, word_problems, {"two": [Twice(), Twice()]}, n=2)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_flops_are_what_torch_counts(architecture: str) -> None:
+    lm, tokens = tiny_lm(architecture), 24
+    lm.model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        lm.model(input_ids=torch.arange(tokens)[None] + 1, use_cache=False)
+    config = lm.model.config.get_text_config()
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    masked = tokens * tokens - tokens * (tokens + 1) // 2  # pairs that torch computes and masks away
+    counted = counter.get_total_flops() - 4 * width * masked * config.num_hidden_layers
+    assert forward_flops(lm, tokens, tokens) == pytest.approx(counted, rel=0.02)  # norms and biases are no products
+
+
+def test_flops_count_the_experts_that_a_token_is_sent_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_lm("mixtral").model
+    experts = sum(weight.numel() for name, weight in model.named_parameters() if ".experts" in name)
+    some, *_ = cost.sizes(model)
+    idle = 1 - model.config.num_experts_per_tok / model.config.num_local_experts
+    monkeypatch.setattr(model.config, "num_experts_per_tok", model.config.num_local_experts)
+    every, *_ = cost.sizes(model)
+    assert idle > 0
+    assert every - some == pytest.approx(experts * idle)

@@ -30,8 +30,9 @@ def shows_steps(text: str) -> bool:
 class Results:
     """Per-question rows and the cost of each condition.
 
-    rows: id, condition, prompt, output, extracted, correct, unparsed, steps, tokens_in, tokens_out, seconds,
-    forward_passes, task. costs: by condition, seconds (wall clock), peak_memory_mb, model_calls.
+    rows: id, condition, prompt, output, extracted, correct, unparsed, steps, hung (its verifier was stopped), calls,
+    tokens_in, tokens_out, forward_passes, seconds, flops, task, and columns of the condition's solver. costs: by
+    condition, seconds (wall clock), peak_memory_mb, model_calls.
     """
 
     rows: pd.DataFrame
@@ -46,8 +47,9 @@ class Results:
     def table(self, level: float = 0.95) -> pd.DataFrame:
         """One row a condition: accuracy with its Wilson interval, share of answers with steps, cost.
 
-        tokens_in and tokens_out are means a question; tokens_out has a bootstrap interval; seconds are wall clock for
-        all n; peak_memory_mb is the process's (or the GPU's) peak while the condition ran.
+        tokens_in, tokens_out, calls and gflops (`evaluation.cost`) are means a question; tokens_out has a bootstrap
+        interval; seconds are wall clock for all n; peak_memory_mb is the process's (or the GPU's) peak while the
+        condition ran; model_calls are forward passes of batches.
         """
         lines = []
         for name, group in self.rows.groupby("condition", sort=False):
@@ -64,6 +66,9 @@ class Results:
             line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
             line |= {"unparsed": float(group.unparsed.mean()), "tokens_in": float(group.tokens_in.mean())}
             line |= {"tokens_out": length.estimate, "tokens_out_low": length.low, "tokens_out_high": length.high}
+            line |= {column: float(group[column].mean()) for column in ("calls",) if column in group}
+            if "flops" in group:
+                line["gflops"] = float(group.flops.mean()) / 1e9
             lines.append(line | self.costs[str(name)])
         return pd.DataFrame(lines)
 

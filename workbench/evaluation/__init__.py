@@ -1,0 +1,167 @@
+"""Conditions x task -> one row per question and condition; tables are made from rows, never the other way round.
+
+A condition is a list of what differs from the plain model: interventions, adapters, at most one prompt `Strategy`, at
+most one `Solver` (how the question is answered; greedily, if none is given). All conditions answer the same questions,
+so that every difference is paired. Statistics follow `workbench.statistics`, ways to answer are in `workbench.solvers`.
+Not covered: judging by a model or a person (`workbench.judging`).
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from workbench.evaluation.asking import Answer, Ask, Greedy, Solver, identity
+from workbench.evaluation.conditions import Condition, Plan, fingerprint
+from workbench.evaluation.cost import Cost, peak_memory
+from workbench.evaluation.judging import SECONDS, judge
+from workbench.evaluation.storing import Answered, chunk_file, joined, store, stored
+from workbench.files import content_key
+from workbench.interventions import Logits
+from workbench.models import LM
+from workbench.results import Results, shows_steps
+from workbench.runs.heartbeats import heartbeat
+from workbench.sandbox import jail
+from workbench.tasks import Task
+
+__all__ = ["Answer", "Ask", "Condition", "Greedy", "Solver", "evaluate", "fingerprint", "peak_memory"]
+
+CHUNK = 64  # questions answered between two writes; a solver may say another number as `chunk`
+
+
+def evaluate(
+    lm: LM,
+    task: Task,
+    conditions: Mapping[str, Condition],
+    *,
+    n: int | None = 200,
+    seed: int = 0,
+    split: str = "test",
+    batch_size: int | None = None,
+    max_new_tokens: int = 256,
+    verify_seconds: float = SECONDS,
+    out: str | Path | None = None,
+) -> Results:
+    """Answer the same n questions under every condition and verify each answer.
+
+    Args:
+        conditions: name -> what differs from the plain model, asked and answered greedily ([] for nothing).
+        n: questions; None takes the task's default.
+        seed: which sample of the split; also of the random streams of conditions that sample.
+        batch_size: rows a batch; None fits them into memory. Scores in float32 on a CPU do not depend on it.
+        verify_seconds: after which a verifier is stopped and the answer counts as unparsed and `hung`.
+        out: folder for the rows, written while they are made: a killed evaluation goes on where it stopped, and what is
+            there already, with the same content key, is not run again.
+
+    Raises:
+        ValueError: no conditions, or one that holds something else than interventions, one strategy and one solver.
+            ModelError: an intervention that doesn't fit the model. Both before anything is generated.
+    """
+    plans = [Plan.of(name, condition) for name, condition in conditions.items()]
+    if not plans:
+        raise ValueError('No conditions to evaluate. Give at least one, for example {"plain": []}.')
+    for plan in plans:
+        identity(plan.solver)
+        if plan.change is not None:
+            plan.change.check(lm)
+    if task.kind == "code":
+        jail.required()  # before hours of generation, not after
+    rows = task.rows(split, n=n, seed=seed)
+    folder = Path(out) if out is not None else None
+    parts, costs = [], {}
+    for place, plan in enumerate(plans):
+        ask = Ask(lm, task, rows, plan.strategy, plan.change, max_new_tokens, batch_size, seed)
+        tell = _teller(plan.name, place * len(rows), len(rows) * len(plans))
+        answered = _answer(ask, plan, folder, verify_seconds, tell)
+        frame = pd.DataFrame(answered["rows"]).astype({"extracted": object})
+        parts.append(frame.assign(condition=plan.name, task=task.name))
+        costs[plan.name] = answered["cost"]
+    about = {"task": task.name, "parameters": task.parameters, "split": split, "seed": seed, "n": len(rows)}
+    about |= {"model": lm.name, "revision": lm.revision, "reasons": lm.reasons, "max_new_tokens": max_new_tokens}
+    results = Results(pd.concat(parts, ignore_index=True), costs, about)
+    if folder is not None:
+        results.save(folder)
+    return results
+
+
+def _answer(
+    ask: Ask, plan: Plan, folder: Path | None, verify_seconds: float, tell: Callable[[int, int], None]
+) -> Answered:
+    """Rows and cost of one condition, chunk by chunk: from its file if all it depends on is the same, else run."""
+    size = getattr(plan.solver, "chunk", CHUNK)
+    base: dict[str, Any] = {"lm": identity(ask.lm), "change": fingerprint(ask.change), "solver": identity(plan.solver)}
+    base |= {"limit": ask.max_new_tokens, "batch": ask.batch_size, "seed": ask.seed, "kind": ask.task.kind}
+    base |= {"strategy": identity(plan.strategy)}
+    parts = []
+    for number, start in enumerate(range(0, len(ask.rows), size)):
+        alive = partial(tell, start, len(ask.rows))
+        part = replace(ask, rows=ask.rows[start : start + size], pulse=alive, spent=[])
+        prompts = [part.prompt(place) for place in range(len(part.rows))]
+        key = content_key(**base, prompts=prompts, ids=[str(row["id"]) for row in part.rows])
+        file = None if folder is None else chunk_file(folder, plan.name, number)
+        answered = stored(file, key)
+        if answered is None:
+            answered = _run(part, plan.solver, prompts, verify_seconds)
+            store(file, key, answered)
+        parts.append(answered)
+        tell(start + len(part.rows), len(ask.rows))
+    return joined(parts)
+
+
+def _run(ask: Ask, solver: Solver, prompts: list[str], verify_seconds: float) -> Answered:
+    calls = 0
+
+    def count(module: Any, arguments: Any, output: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    parts = ask.change.parts if ask.change else ()
+    beside = [other for part in parts if isinstance(part, Logits) for other in part.others]
+    watched = {id(model.blocks[0]): model.blocks[0] for model in (ask.lm, *beside)}
+    handles = [block.register_forward_hook(count) for block in watched.values()]
+    began = time.perf_counter()
+    try:
+        with peak_memory(ask.lm.device) as peak:
+            found = solver.solve(ask)
+    finally:
+        for handle in handles:
+            handle.remove()
+    seconds = time.perf_counter() - began
+    lines = [_line(ask.task, *each, verify_seconds) for each in zip(ask.rows, prompts, found, ask.spent, strict=True)]
+    return {"rows": lines, "cost": {"seconds": seconds, "peak_memory_mb": peak(), "model_calls": calls}}
+
+
+def _line(
+    task: Task, row: dict[str, Any], prompt: str, found: Answer, spent: Cost, verify_seconds: float
+) -> dict[str, Any]:
+    verdict, hung = (found.verdict, False) if found.verdict else judge(task, row, found.text, verify_seconds)
+    line = {
+        "id": str(row["id"]),
+        "prompt": prompt,
+        "output": found.text,
+        "answer": str(row["answer"]),
+        "extracted": verdict.extracted,
+        "correct": bool(verdict.correct),
+        "unparsed": verdict.extracted is None,
+        "steps": shows_steps(found.text),
+        "hung": hung,
+        **asdict(spent),
+    }
+    if found.samples:
+        verdicts = [judge(task, row, text, verify_seconds) for text in found.samples]
+        line["samples"] = [
+            {"output": text, "extracted": v.extracted, "correct": bool(v.correct)}
+            for text, (v, _) in zip(found.samples, verdicts, strict=True)
+        ]
+    for name in ("cluster", "difficulty"):
+        if name in row:
+            line[name] = row[name]
+    return line | found.facts
+
+
+def _teller(name: str, before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, rows: heartbeat(f"evaluate {name}", before + done, total)

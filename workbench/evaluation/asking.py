@@ -1,0 +1,159 @@
+"""What a solver gets and gives: questions with everything needed to ask them, and an answer to each.
+
+A `Solver` is how a question is answered: one greedy generation (`Greedy`, the default), a vote among samples, a score
+of every option. It goes into a condition like an intervention. `Ask.generate` is its only way to the model, so that
+every call is counted on the question that caused it, and samples are the same in any batch, order and after a resume.
+The idea of a solver beside a task and a scorer is inspect_ai's.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from workbench.evaluation.cost import Cost
+from workbench.generate import Generation
+from workbench.interventions import Intervention
+from workbench.models import LM
+from workbench.prompts import Message, Strategy
+from workbench.tasks import Task, Verdict
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one question.
+
+    text: what the task's verifier judges. verdict: given by solvers that know it without reading a text (a choice by
+    likelihood). samples: further texts that stand behind the answer, kept in the row with their own verdicts.
+    facts: columns of its own, plain numbers or words.
+    """
+
+    text: str
+    verdict: Verdict | None = None
+    samples: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Solver(Protocol):
+    """How questions are answered. Frozen dataclasses: their fields are what a saved result depends on."""
+
+    def solve(self, ask: "Ask") -> list[Answer]:
+        """One answer a row of `ask.rows`, in order; rows must not depend on each other."""
+        ...
+
+
+@dataclass
+class Ask:
+    """Questions to be answered, and what each has cost so far.
+
+    rows: of the task. strategy: how the condition prompts. change: what it changes in the model. pulse: called whenever
+    a batch is done, so that a long evaluation is seen to live.
+    """
+
+    lm: LM
+    task: Task
+    rows: list[Row]
+    strategy: Strategy | None = None
+    change: Intervention | None = None
+    max_new_tokens: int = 256
+    batch_size: int | None = None
+    seed: int = 0
+    pulse: Callable[[], None] = lambda: None
+    spent: list[Cost] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.spent = self.spent or [Cost() for _ in self.rows]
+
+    def messages(self, row: int, strategy: Strategy | None = None) -> list[Message]:
+        """The chat that asks a question, by the condition's own strategy or by another one."""
+        return self.task.messages(self.rows[row], strategy or self.strategy)
+
+    def prompt(self, row: int, strategy: Strategy | None = None) -> str:
+        """The same as a finished string, to which a solver may add the beginning of an answer."""
+        return self.lm.render(self.messages(row, strategy))
+
+    def generate(
+        self,
+        prompts: Sequence[str | list[Message]],
+        rows: Sequence[int],
+        *,
+        lm: LM | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        draws: Sequence[int] | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
+        """Continue prompts on behalf of questions: `rows[i]` is the place in `self.rows` that prompt i is asked for.
+
+        lm: another model, without the condition's change. draws: the number of each sample among its question's own,
+        which together with the question's id and the seed is its random stream; give every sample of a question a
+        number of its own, or two of them are the same.
+        """
+        if not prompts:
+            return []
+        model = lm or self.lm
+        numbers = draws if draws is not None else [0] * len(prompts)
+        seeds = [stream(self.seed, str(self.rows[row]["id"]), draw) for row, draw in zip(rows, numbers, strict=True)]
+        found = model.generate(
+            prompts,
+            None if model is not self.lm else self.change,
+            max_new_tokens or self.max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seeds,
+            batch_size=self.batch_size,
+            stop=stop,
+            progress=lambda done, total: self.pulse(),
+        )
+        for row, one in zip(rows, found, strict=True):
+            self.spent[row].add(model, one.tokens_in, one.tokens_out, one.forward_passes, one.seconds, one.tokens_out)
+        return found
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """One answer to each question, the most likely token at every step."""
+
+    def solve(self, ask: Ask) -> list[Answer]:
+        """See `Solver`."""
+        places = range(len(ask.rows))
+        found = ask.generate([ask.prompt(place) for place in places], places)
+        return [Answer(one.text, facts={"finished": one.finished}) for one in found]
+
+
+def stream(seed: int, question: str, draw: int) -> int:
+    """The random stream of a question's sample; other questions, draws and seeds have others."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{question}/{draw}".encode()).digest()[:7], "big")
+
+
+def identity(value: Any) -> Any:
+    """A value as JSON that changes when what it does changes: models by weights, interventions by their numbers.
+
+    Raises:
+        ValueError: a value that can't be told apart from others of its kind, such as a function.
+    """
+    from workbench.evaluation.conditions import fingerprint
+
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, LM):
+        return [value.revision, value.reasons.get("quantization", ""), str(value.model.dtype)]
+    if isinstance(value, Intervention):
+        return fingerprint(value)
+    if isinstance(value, Task):
+        return [value.name, value.source, {name: str(knob) for name, knob in value.parameters.items()}]
+    if isinstance(value, dict):
+        return {str(name): identity(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [identity(item) for item in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        held = {each.name: identity(getattr(value, each.name)) for each in fields(value)}
+        return {"kind": f"{type(value).__module__}.{type(value).__qualname__}", **held}
+    raise ValueError(
+        f"A solver holds {value!r}, and a saved result could not say which one it was. Its fields may be numbers, "
+        "words, models, interventions, tasks, frozen dataclasses, and lists of these."
+    )

@@ -1,0 +1,67 @@
+"""What a condition holds: changes of the model (summed), at most one prompt strategy, at most one solver."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from workbench.evaluation.asking import Greedy, Solver
+from workbench.files import sha256
+from workbench.interventions import Adapter, Intervention
+from workbench.prompts import Strategy
+
+Condition = Intervention | Strategy | Solver | Sequence[Intervention | Strategy | Solver]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A condition sorted out."""
+
+    name: str
+    change: Intervention | None
+    strategy: Strategy | None
+    solver: Solver
+
+    @classmethod
+    def of(cls, name: str, condition: Condition) -> "Plan":
+        """Raises ValueError where a condition holds something else, or two of what there can be one of."""
+        items: list[Any] = list(condition) if isinstance(condition, Sequence) else [condition]
+        changes = [item for item in items if isinstance(item, Intervention)]
+        strategies = [item for item in items if isinstance(item, Strategy)]
+        solvers = [
+            item for item in items if not isinstance(item, Intervention | Strategy | type) and isinstance(item, Solver)
+        ]
+        known = {id(item) for item in (*changes, *strategies, *solvers)}
+        wrong = [item for item in items if id(item) not in known]
+        if wrong:
+            raise ValueError(
+                f"Condition {name!r} holds a {type(wrong[0]).__name__}. It may hold interventions (residual, kv, "
+                "adapter), one Strategy (how it is asked) and one solver (how it is answered, workbench.solvers); a "
+                "vector becomes an intervention by v.at(layers=[3], positions='generated')."
+            )
+        if len(strategies) > 1:
+            raise ValueError(f"Condition {name!r} holds {len(strategies)} prompt strategies: {strategies}. Keep one.")
+        if len(solvers) > 1:
+            raise ValueError(f"Condition {name!r} holds {len(solvers)} solvers: {solvers}. Keep one.")
+        return cls(
+            name,
+            sum(changes[1:], changes[0]) if changes else None,
+            strategies[0] if strategies else None,
+            solvers[0] if solvers else Greedy(),
+        )
+
+
+def fingerprint(change: Intervention | None) -> str:
+    """A hash of what an intervention does: its numbers, and for adapters the weights that their path leads to."""
+    if change is None:
+        return "none"
+    hashes = []
+    for part in change.parts:
+        if isinstance(part, Adapter):
+            hashes.append(f"{part.strength}/{sha256(part.path / 'adapter_model.safetensors')}")
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                bare = replace(part)  # type: ignore[type-var]  # leaves the record of a calibration behind
+                hashes.append(sha256(bare.save(Path(folder) / "part.safetensors")))
+    return "+".join(hashes)

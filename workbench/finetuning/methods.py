@@ -27,7 +27,9 @@ Method = Literal["lora", "qlora", "rslora", "dora", "prompt", "prefix", "full"]
 LOW_RANK = ("lora", "rslora", "dora")
 VIRTUAL = ("prompt", "prefix")
 BYTES = 16  # a trained number: float32 value, gradient and two Adam moments
-RATES = {"full": 0.1, "prompt": 25.0, "prefix": 10.0}  # times LoRA's rate; the papers' own: 0.3 with Adafactor, 5e-5
+# Times LoRA's rate: the best of those tried with the lab model on tuning questions (docs/log.md). The papers have 0.3
+# with Adafactor for prompts and 5e-5 for prefixes. rsLoRA scales its update by the root of the rank more than LoRA.
+RATES = {"full": 0.1, "prompt": 25.0, "prefix": 100.0, "rslora": 0.3}
 
 
 def settle_method(method: str, quantization: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ Answering the questions is `workbench.evaluation`'s matter; intervals and tests 
 import json
 import re
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -100,10 +101,52 @@ class Results:
             lines.append(line | {"detectable": minimum_detectable_effect(comparison.n, discordant_rate=seen)})
         return pd.DataFrame(lines)
 
+    def disagreements(self, a: str, b: str, most: int = 10) -> pd.DataFrame:
+        """Questions that exactly one of two conditions gets right, the most telling first, for a person to read.
+
+        Telling is what goes against the other conditions: `b` right where most are wrong, `a` right where most are
+        right and `b` is not. Gains and losses alternate as long as there are both. Columns: id, right (who), question
+        (the prompt of `a`), answer, others (share of all conditions that are right), and output_a, output_b.
+        """
+        first, second = (self.rows[self.rows.condition == name].set_index("id") for name in (a, b))
+        right = pd.DataFrame({"a": self.correct(a), "b": self.correct(b)}).dropna().astype(bool)
+        others = self.rows.groupby("id").correct.mean()
+        split = right[right.a != right.b].index
+        gains = sorted(split[right.b[split]], key=lambda name: (others[name], name))
+        losses = sorted(split[right.a[split]], key=lambda name: (-others[name], name))
+        both = [name for pair in zip_longest(gains, losses) for name in pair if name is not None][:most]
+        lines = [
+            {
+                "id": name,
+                "right": b if right.b[name] else a,
+                "question": first.prompt[name],
+                "answer": first.answer[name],
+                "others": float(others[name]),
+                "output_a": first.output[name],
+                "output_b": second.output[name],
+            }
+            for name in both
+        ]
+        return pd.DataFrame(lines, columns=["id", "right", "question", "answer", "others", "output_a", "output_b"])
+
     def save(self, folder: Path) -> None:
         """Write rows.jsonl and costs.json; `load_results` reads them."""
         write_atomic(folder / "rows.jsonl", self.rows.to_json(orient="records", lines=True, force_ascii=False))
         write_atomic(folder / "costs.json", json.dumps({"costs": self.costs, "about": self.about}, indent=1))
+
+
+def pareto(table: pd.DataFrame, cost: str = "gflops", score: str = "accuracy") -> pd.Series:
+    """Which conditions no other one beats: none is at least as good and as cheap, and better or cheaper.
+
+    >>> pareto(pd.DataFrame({"gflops": [1, 2, 3], "accuracy": [0.5, 0.4, 0.7]})).tolist()
+    [True, False, True]
+    """
+    for name in (cost, score):
+        if name not in table:
+            raise ValueError(f"The table has no column {name!r}. It has: {', '.join(map(str, table.columns))}.")
+    pairs = list(zip(table[cost], table[score], strict=True))
+    beaten = [any(c <= own and s >= got and (c, s) != (own, got) for c, s in pairs) for own, got in pairs]
+    return pd.Series([not each for each in beaten], index=table.index)
 
 
 def load_results(folder: str | Path) -> Results:

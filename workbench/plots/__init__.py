@@ -26,6 +26,7 @@ from workbench.plots.drawing import (
     rows_of,
     series,
 )
+from workbench.plots.evaluation import cost_front, reliability, robustness
 from workbench.plots.lens import lens_grid
 from workbench.plots.palette import GRID, INK, colour, faded, symbol
 from workbench.plots.recipes import recipes_beside
@@ -37,6 +38,7 @@ __all__ = [
     "PlotError",
     "accuracy_tokens",
     "behaviour_damage",
+    "cost_front",
     "data_lengths",
     "forest",
     "kept_share",
@@ -44,6 +46,8 @@ __all__ = [
     "lens_grid",
     "loss_curve",
     "recipes_beside",
+    "reliability",
+    "robustness",
     "strength_curve",
     "sweep_map",
     "token_mask",

@@ -43,7 +43,8 @@ def test_the_front_holds_what_nothing_beats() -> None:
 def test_cost_front_joins_the_front_and_opens_the_beaten() -> None:
     fig = plots.cost_front(TABLE)
     line, *points = fig.data
-    assert line.x == (0.1, 0.5, 9.0)
+    assert line.x == (0.1, 0.1, 0.5, 0.5, 9.0, 9.0)
+    assert line.y == (0.1, 0.1, 0.1, 0.7, 0.7, 0.8)
     assert [point.marker.symbol.endswith("-open") for point in points] == [False, True, False, False]
     interval = wilson(70, 100)
     assert points[1].y[0] - points[1].error_y.arrayminus[0] == pytest.approx(interval.low)

@@ -99,6 +99,18 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     return [step for step, _ in thinned], [float(f"{value:.6g}") for _, value in thinned]
 
 
+def log_axis(fig: go.Figure, values: Sequence[float]) -> None:
+    """A logarithmic x axis over the values, with ticks at 1, 2 and 5 times the powers of ten."""
+    low, high = (math.log10(max(end, 1e-6)) for end in (min(values), max(values)))
+    spare = max(0.0, 1 - (high - low)) / 2  # at least one power of ten, so that near points look near
+    low, high = low - spare, high + spare
+    leaders = (1, 2, 5) if high - low < 4 else (1,)
+    steps = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in leaders]
+    ticks = [step for step in steps if low - 0.1 <= math.log10(step) <= high + 0.1]
+    text = [f"{tick:g}" for tick in ticks]
+    fig.update_xaxes(type="log", range=[low - 0.1, high + 0.1], tickvals=ticks, ticktext=text)
+
+
 def finish(fig: go.Figure, title: str, x: str, y: str, alt: str) -> go.Figure:
     """The frame: template, title, axis titles, and the alt text where `svg` and a reader of the JSON find it."""
     fig.update_layout(template=template(), title={"text": title}, meta={"alt": f"{title}. {alt}"})

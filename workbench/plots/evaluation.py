@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.plots.drawing import Table, error_bars, finish, in_brackets, listed, rows_of
+from workbench.plots.drawing import Table, error_bars, finish, in_brackets, listed, log_axis, rows_of
 from workbench.plots.palette import GRID, INK, colour, faded, symbol
 from workbench.results import pareto
 
@@ -27,9 +27,11 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
     front = pareto(pd.DataFrame(listed(rows)), cost).tolist()
     fig, words = go.Figure(), []
     best = sorted((row for row, kept in zip(rows, front, strict=True) if kept), key=lambda row: row[cost])
+    pairs = zip([best[0], *best[:-1]], best, strict=True)
+    steps = [(row[cost], level["accuracy"]) for before, row in pairs for level in (before, row)]
     fig.add_scatter(
-        x=[row[cost] for row in best], y=[row["accuracy"] for row in best], mode="lines",
-        line={"color": INK, "width": 1.5, "dash": "dot", "shape": "hv"}, name="not beaten", hoverinfo="skip",
+        x=[place for place, _ in steps], y=[level for _, level in steps], mode="lines",
+        line={"color": INK, "width": 1.5, "dash": "dot"}, name="not beaten", hoverinfo="skip",
     )  # fmt: skip
     for row, kept in zip(rows, front, strict=True):
         name = str(row["condition"])
@@ -44,7 +46,7 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
         beaten = "" if kept else ", beaten"
         words.append(f"{name} {row['accuracy']:.2f} {in_brackets(row, 'accuracy')} at {row[cost]:.3g}{beaten}")
     fig.update_yaxes(range=[-0.03, 1.05], tickformat=".0%")
-    fig.update_xaxes(type="log")
+    log_axis(fig, [row[cost] for row in rows])
     return finish(fig, "Accuracy and its cost", UNITS.get(cost, cost), "right answers", "; ".join(words) + ".")
 
 
@@ -105,6 +107,4 @@ def robustness(table: Table) -> go.Figure:
     fig.update_layout(barmode="group")
     fig.update_yaxes(range=[0, 1.05], tickformat=".0%", gridcolor=GRID)
     title = "What a changed question does to a right answer"
-    return finish(
-        fig, title, "what was changed", "share of answers that are still (or newly) right", "; ".join(words) + "."
-    )
+    return finish(fig, title, "what was changed", "right after the change", "; ".join(words) + ".")

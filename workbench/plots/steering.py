@@ -9,7 +9,18 @@ import math
 
 import plotly.graph_objects as go
 
-from workbench.plots.drawing import PlotError, Row, Table, error_bars, finish, in_brackets, is_missing, limits, rows_of
+from workbench.plots.drawing import (
+    PlotError,
+    Row,
+    Table,
+    error_bars,
+    finish,
+    in_brackets,
+    is_missing,
+    limits,
+    log_axis,
+    rows_of,
+)
 from workbench.plots.palette import INK, colour, faded, symbol
 
 BROKEN = "#882255"  # wine, which no condition has
@@ -143,7 +154,7 @@ def behaviour_damage(table: Table, behaviour: str = "accuracy", budget: float | 
         words.append(f"{name} {'; '.join(_point(row, behaviour, *limit) for row in own)}.")
     if budget is not None:
         fig.add_vline(x=budget, line={"color": INK, "dash": "dash", "width": 1})
-    _log_axis(fig, rows)
+    log_axis(fig, [end for row in rows for end in limits(row, "kl_p95", "kl_p95_low", "kl_p95_high")])
     fig.update_yaxes(range=[-0.03, 1.05], tickformat=".0%")
     what = "right answers" if behaviour == "accuracy" else f"answers with {behaviour}"
     axis = "damage: KL from the plain model (nats, 95th percentile over tokens)"
@@ -167,15 +178,3 @@ def _sizes(groups: dict[str, list[Row]], behaviour: str) -> dict[str, float]:
         name: SIZE + 6 * sum(any(same(a, b) for a in groups[name] for b in groups[other]) for other in names[:place])
         for place, name in enumerate(names)
     }
-
-
-def _log_axis(fig: go.Figure, rows: list[Row]) -> None:
-    """From the lowest limit of KL to the highest, with ticks at 1, 2 and 5 times the powers of ten."""
-    ends = [limits(row, "kl_p95", "kl_p95_low", "kl_p95_high") for row in rows]
-    low, high = (math.log10(max(end, 1e-6)) for end in (min(low for low, _ in ends), max(high for _, high in ends)))
-    spare = max(0.0, 1 - (high - low)) / 2  # at least one power of ten, so that near points look near
-    low, high = low - spare, high + spare
-    steps = [step * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for step in (1, 2, 5)]
-    ticks = [step for step in steps if low - 0.1 <= math.log10(step) <= high + 0.1]
-    text = [f"{tick:g}" for tick in ticks]
-    fig.update_xaxes(type="log", range=[low - 0.1, high + 0.1], tickvals=ticks, ticktext=text)

@@ -19,7 +19,7 @@ TABLE = pd.DataFrame(
     ]
 )
 BINS = [
-    {"condition": name, "confidence": c, "accuracy": a, "n": n, "low": a - 0.1, "high": a + 0.1}
+    {"condition": name, "confidence": c, "accuracy": a, "n": n, "accuracy_low": a - 0.1, "accuracy_high": a + 0.1}
     for name, c, a, n in [("plain", 0.9, 0.4, 30), ("plain", 0.3, 0.2, 10), ("tuned", 0.8, 0.75, 90)]
 ]
 RATES = [

@@ -72,14 +72,14 @@ def error_bars(
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below} | shape
 
 
-def in_brackets(row: Row, key: str) -> str:
+def in_brackets(row: Row, key: str, low: str = "low", high: str = "high") -> str:
     """Limits as text.
 
     >>> in_brackets({"difference": 0.1, "low": -0.02, "high": 0.2}, "difference")
     '[-0.02, 0.20]'
     """
-    low, high = limits(row, key)
-    return f"[{low:.2f}, {high:.2f}]"
+    bottom, top = limits(row, key, low, high)
+    return f"[{bottom:.2f}, {top:.2f}]"
 
 
 def p_text(p: float) -> str:

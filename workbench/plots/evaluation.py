@@ -9,6 +9,7 @@ from workbench.plots.drawing import Table, error_bars, finish, in_brackets, list
 from workbench.plots.palette import GRID, INK, colour, faded, symbol
 from workbench.results import pareto
 
+LIMITS = ("accuracy_low", "accuracy_high")
 UNITS = {
     "gflops": "billions of operations a question (2 a weight and token)",
     "tokens_out": "tokens out, mean a question",
@@ -53,8 +54,8 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
 def reliability(table: Table) -> go.Figure:
     """How often answers of a stated confidence are right, a line a condition, against the diagonal of the honest.
 
-    Rows: `confidence` (mean of the bin), `accuracy`, `low`, `high`, `n`, and `condition` where there are several. The
-    size of a marker grows with the answers in its bin.
+    Rows: `confidence` (mean of the bin), `accuracy`, `n`, `accuracy_low` and `accuracy_high` (else Wilson's from n), and
+    `condition` where there are several; `measures.confidence.reliability_table` makes them. Markers grow with n.
     """
     rows = [row for row in rows_of(table, ("confidence", "accuracy", "n")) if row["n"] > 0]
     fig, words = go.Figure(), []
@@ -69,7 +70,7 @@ def reliability(table: Table) -> go.Figure:
         fig.add_scatter(
             x=[row["confidence"] for row in own],
             y=[row["accuracy"] for row in own],
-            error_y=error_bars(own, "accuracy", thickness=2) | {"color": colour(name)},
+            error_y=error_bars(own, "accuracy", *LIMITS, thickness=2) | {"color": colour(name)},
             mode="lines+markers",
             line={"color": faded(colour(name), 0.5), "width": 2},
             marker={
@@ -79,7 +80,9 @@ def reliability(table: Table) -> go.Figure:
             },
             name=name,
         )
-        said = (f"{row['confidence']:.2f}: {row['accuracy']:.2f} {in_brackets(row, 'accuracy')}" for row in own)
+        said = (
+            f"{row['confidence']:.2f}: {row['accuracy']:.2f} {in_brackets(row, 'accuracy', *LIMITS)}" for row in own
+        )
         words.append(f"{name}: sure and right {', '.join(said)}")
     fig.update_xaxes(range=[-0.02, 1.02], tickformat=".0%")
     fig.update_yaxes(range=[-0.03, 1.05], tickformat=".0%")

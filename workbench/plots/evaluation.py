@@ -54,7 +54,7 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
 def reliability(table: Table) -> go.Figure:
     """How often answers of a stated confidence are right, a line a condition, against the diagonal of the honest.
 
-    Rows: `confidence` (mean of the bin), `accuracy`, `n`, `accuracy_low` and `accuracy_high` (else Wilson's from n), and
+    Rows: `confidence` (mean of the bin), `accuracy`, `n`, `accuracy_low` and `accuracy_high` (else Wilson's from n),
     `condition` where there are several; `measures.confidence.reliability_table` makes them. Markers grow with n.
     """
     rows = [row for row in rows_of(table, ("confidence", "accuracy", "n")) if row["n"] > 0]

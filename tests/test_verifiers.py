@@ -253,3 +253,18 @@ def test_a_missing_parser_is_an_error_and_not_zero_percent(monkeypatch, tmp_path
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(RuntimeError, match="no antlr4 here"):
         latex._Worker().ask({"gold": "1", "given": "2"}, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("gold", "text"),
+    [
+        ("(2, 2), (6, 2)", r"so $\boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}$."),
+        (r"\{1, 2, 3\}", r"\boxed{1}, \boxed{2} and \boxed{3}"),
+        ("7", r"First \boxed{5} apples are sold. In the end there are \boxed{7}"),  # two answers, not one list
+        ("34", "Final Answer: The largest $n$ is 34."),
+        (r"\frac{1}{2}", r"The answer is $\frac{1}{2}$."),
+    ],
+)
+def test_one_answer_in_several_boxes_and_one_named_by_a_sentence(gold, text):
+    assert verify("latex", gold, text).correct
+    assert not verify("latex", "99", text).correct

@@ -213,18 +213,49 @@ def _text(text: str, gold: str) -> str | None:
     return normalise(lines[0]) or None if len(lines) == 1 and not statements(text) else None
 
 
+_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$\\])+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", flags=re.DOTALL)
+# what stands between the boxes of one answer
+_JOINT = re.compile(
+    r"(?:\\q?quad|\\text\{[^{}]*\}|\\[()\[\],;: ]|[\s,;$=]|and|or|[a-z]_\{?\d\}?)*"
+)  # between boxes of one answer
+
+
 def _latex(text: str) -> str | None:
-    given = boxed(text)
-    if given and given[-1][1]:
-        return given[-1][1]
-    formula = re.compile(r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$\\])+)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", flags=re.DOTALL)
+    if given := _last_boxes(text):
+        return given
     for clause, rest in statements(text):
-        found = formula.search(rest.splitlines()[0] if rest else "") or formula.fullmatch(rest)
+        told = re.split(r"\$\s+(?:is|are|equals)\s+", clause)[-1].strip()  # "the largest $n$ is 34"
+        found = _FORMULA.search(told) or _FORMULA.search(rest.splitlines()[0] if told == clause and rest else "")
+        found = found or _FORMULA.fullmatch(rest)
         if found or clause:
-            return next(filter(None, found.groups())).strip() if found else clause.strip("*_` ")
-    if all_found := formula.findall(text):
+            return next(filter(None, found.groups())).strip() if found else told.strip("*_` ")
+    if all_found := _FORMULA.findall(text):
         return next(filter(None, all_found[-1])).strip()
     return next(iter(numbers(text)[-1:]), None)
+
+
+def _last_boxes(text: str) -> str | None:
+    """The content of the last box; with those right before it where only connecting words stand between them."""
+    found = boxed(text)
+    if not found or not found[-1][1]:
+        return None
+    starts = [start for start, _ in found]
+    first = len(found) - 1
+    while first and found[first - 1][1]:
+        end = _box_end(text, starts[first - 1])
+        if not _JOINT.fullmatch(text[end : starts[first]]):
+            break
+        first -= 1
+    return ", ".join(content for _, content in found[first:])
+
+
+def _box_end(text: str, start: int) -> int:
+    """Where the box that starts there ends."""
+    depth, end = 1, text.index("{", start) + 1
+    while depth:
+        depth += {"{": 1, "}": -1}.get(text[end], 0) if text[end - 1] != "\\" else 0
+        end += 1
+    return end
 
 
 def extract(kind: str, text: str, gold: Any = "") -> str | None:

@@ -7,7 +7,7 @@ is a row of its own, prompts ending in one column. Does not tokenize or sort req
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Wanted:
     prompts: Int[np.ndarray, " requests"]
     ends: Int[np.ndarray, " requests"]
     targets: Int[np.ndarray, " tokens"]
-    parts: list[int] = field(default_factory=list)  # which requests may be in one packed row: equal numbers
+    kinds: list[int]  # requests of equal numbers may be in one packed row
 
     def __post_init__(self) -> None:
         sizes = self.ends - self.prompts
@@ -75,7 +75,7 @@ class Walk:
         self.budget = _token_budget(self.lm, CPU_TOKENS)
         attention = getattr(self.lm.model.config, "_attn_implementation", "")
         self.packs = self.layout == "rows" and attention in ("sdpa", "eager") and not self.session.virtual
-        self.uniform = self.session.empty or len({*self.wanted.parts}) == 1
+        self.uniform = self.session.empty or len({*self.wanted.kinds}) == 1
 
     def down(self, nodes: Sequence[Node], above: Node | None = None, past: _Past | None = None) -> None:
         """Score everything in these siblings and below them."""
@@ -85,7 +85,10 @@ class Walk:
         for batch in batches(units, self.budget, self.batch_size, self.layout == "columns"):
             for part, state in self._halving(batch, past):
                 deeper = [
-                    self._unit(child, unit.nodes[0]) for unit in part if unit.goes_on for child in unit.nodes[0].children
+                    self._unit(child, unit.nodes[0])
+                    for unit in part
+                    if unit.goes_on
+                    for child in unit.nodes[0].children
                 ]
                 if deeper:
                     self._down(deeper, state)
@@ -113,7 +116,7 @@ class Walk:
     def _unit(self, node: Node, above: Node | None) -> Unit:
         """A node alone, or with all that is below it where that is small and changed in one way."""
         requests = slice(self.wanted.of_row[node.first], self.wanted.of_row[node.last])
-        same = self.uniform or len(set(self.wanted.parts[requests])) == 1
+        same = self.uniform or len(set(self.wanted.kinds[requests])) == 1
         if self.packs and same and fits_a_pack(node) and not (self.session.kv and self._holds_end(node)):
             return Unit(below(node), above)
         return Unit([node], above)
@@ -214,8 +217,12 @@ class Walk:
         vocabulary = lm.model.config.get_text_config().vocab_size
         while order:
             width, new = int(wanted.ends[order[0]]), int((wanted.ends - wanted.prompts)[order].max())
-            fitting = max(1, min(self.budget // (width + new), LOGITS // (vocabulary * new)))
-            now, order = order[: self.batch_size or fitting], order[self.batch_size or fitting :]
+            size = self.batch_size or max(1, min(self.budget // (width + new), LOGITS // (vocabulary * new)))
+            if self.layout == "columns":  # edits of a sliding window take no padding
+                shape = wanted.prompts[order[0]], wanted.ends[order[0]]
+                alike = [(wanted.prompts[each], wanted.ends[each]) == shape for each in order]
+                size = min(size, (alike + [False]).index(False))
+            now, order = order[:size], order[size:]
             self._alone(now)
             self.done(len(now))
 

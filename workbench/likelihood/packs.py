@@ -106,9 +106,7 @@ def lay_out(units: Sequence[Unit], tokens: Sequence[Int[np.ndarray, " all"]], an
     return Batch(list(units), ids, places, real, columns)
 
 
-def tree_mask(
-    batch: Batch, past: Bool[Tensor, "rows past"], dtype: torch.dtype
-) -> Float[Tensor, "rows 1 seq all"]:
+def tree_mask(batch: Batch, past: Bool[Tensor, "rows past"], dtype: torch.dtype) -> Float[Tensor, "rows 1 seq all"]:
     """What is added to attention scores: 0 for a token's ancestors and itself, the dtype's lowest number elsewhere."""
     count, width = batch.ids.shape
     sees = np.tri(width, dtype=bool)[None].repeat(count, 0)
@@ -124,5 +122,6 @@ def tree_mask(
                 inside[place] = True
             sees[row, own] &= inside
     whole = torch.cat([past[:, None].expand(-1, width, -1), torch.from_numpy(sees).to(past.device)], dim=2)
-    return torch.zeros(whole.shape, dtype=dtype, device=past.device).masked_fill(~whole, torch.finfo(dtype).min)[:, None]
-
+    return torch.zeros(whole.shape, dtype=dtype, device=past.device).masked_fill(~whole, torch.finfo(dtype).min)[
+        :, None
+    ]

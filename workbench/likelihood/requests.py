@@ -79,9 +79,7 @@ def encode_requests(lm: LM, requests: Sequence[Request]) -> list[Encoded]:
             )
     texts = {number: _moved(*each) for number, each in enumerate(requests) if isinstance(each[0], str)}
     alone = encode_texts(lm, (after for before, after in texts.values() if not before), special=False)
-    joint = encode_texts(
-        lm, (text for before, after in texts.values() if before for text in (before, before + after))
-    )
+    joint = encode_texts(lm, (text for before, after in texts.values() if before for text in (before, before + after)))
     found = []
     for number, (context, continuation) in enumerate(requests):
         if number not in texts:

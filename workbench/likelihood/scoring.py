@@ -63,7 +63,9 @@ def loglikelihoods(
     encoded = [_cut(lm, each) for each in encode_requests(lm, requests)]
     wanted = inherit(lm, _one_a_row(interventions, len(encoded))) if encoded else []
     if len(wanted) != len(encoded):
-        raise ModelError(f"The enclosing block holds interventions for {len(wanted)} rows; got {len(encoded)} requests.")
+        raise ModelError(
+            f"The enclosing block holds interventions for {len(wanted)} rows; got {len(encoded)} requests."
+        )
     if batch_size is not None and batch_size < 1:
         raise ModelError(f"batch_size={batch_size}: rows of one forward, at least 1; or None.")
     found: list[Scored | None] = [None] * len(encoded)
@@ -80,7 +82,7 @@ def loglikelihoods(
         for shared in (True, False):
             chosen = [number for number in members if (can_share(wanted[number]) and how != "none") == shared]
             if chosen:
-                _run(lm, encoded, wanted, chosen, how if shared else "none", batch_size, done, found)
+                _run(lm, encoded, wanted, chosen, how, shared, batch_size, done, found)
     return [each for each in found if each is not None]
 
 
@@ -102,6 +104,7 @@ def _run(
     interventions: Sequence[Intervention | None],
     members: Sequence[int],
     how: str,
+    shared: bool,
     batch_size: int | None,
     done: Callable[[int], None],
     found: list[Any],
@@ -124,13 +127,13 @@ def _run(
         prompts=np.array([len(encoded[number].context) for number in ordered]),
         ends=np.array([len(encoded[number].context) + len(encoded[number].continuation) for number in ordered]),
         targets=np.concatenate([np.array(encoded[number].continuation) for number in ordered]),
-        parts=_kinds([interventions[number] for number in ordered]),
+        kinds=_kinds([(interventions[number], len(encoded[number].context)) for number in ordered]),
     )
     rows = [np.array(inputs[place]) for place in distinct]
     session = Session(lm, [interventions[number] for number in members], [len(encoded[n].context) for n in members])
     with session, torch.no_grad():
         walk = Walk(lm, session, rows, wanted, how, batch_size, done)
-        if how == "none" or session.companions.plans or session.edits or session.gates:
+        if not shared or session.companions.plans or session.edits or session.gates:
             walk.alone()
         else:
             walk.down(grow([marked[place] for place in distinct]))
@@ -144,7 +147,10 @@ def _run(
         )  # fmt: skip
 
 
-def _kinds(rows: Sequence[Intervention | None]) -> list[int]:
-    """Equal numbers for equal interventions."""
+def _kinds(rows: Sequence[tuple[Intervention | None, int]]) -> list[int]:
+    """Equal numbers for equal interventions on contexts of equal length: spans fall on the same positions."""
     numbers: dict[tuple[int, ...], int] = {}
-    return [numbers.setdefault(tuple(map(id, row.parts if row is not None else ())), len(numbers)) for row in rows]
+    return [
+        numbers.setdefault((prompt, *map(id, row.parts)) if row is not None else (), len(numbers))
+        for row, prompt in rows
+    ]

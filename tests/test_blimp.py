@@ -60,11 +60,11 @@ def test_accuracy_by_paradigm_and_field(data_folder: Path) -> None:
 
 
 def test_wrong_names_and_rows_are_refused(data_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Did you mean .*blimp:passive_1"):
+    with pytest.raises(ValueError, match=r"Did you mean .*blimp:passive_1"):
         load_task("blimp:passive_3")
     with pytest.raises(ValueError, match="per_paradigm alone"):
         load_task("blimp", kind="text")
-    with pytest.raises(ValueError, match="no blimp.jsonl"):
+    with pytest.raises(ValueError, match=r"no blimp\.jsonl"):
         load_task("blimp", path=tmp_path)
     with pytest.raises(ValueError, match="per_paradigm is a number"):
         load_task("blimp", per_paradigm=0)

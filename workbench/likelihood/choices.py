@@ -111,7 +111,8 @@ def multiple_choice(
     found, start = [], 0
     for row, own, gold in zip(rows, said, golds, strict=True):
         place = slice(start, start := start + len(own))
-        scores = [normalised(*each) for each in zip(scored[place], [normalisation] * len(own), own, free[place])]
+        parts = zip(scored[place], [normalisation] * len(own), own, free[place], strict=True)
+        scores = [normalised(*each) for each in parts]
         found.append(_choice(row, own, gold, scores, scored[place]))
     return found
 

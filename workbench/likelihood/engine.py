@@ -221,7 +221,7 @@ class Walk:
             if self.layout == "columns":  # edits of a sliding window take no padding
                 shape = wanted.prompts[order[0]], wanted.ends[order[0]]
                 alike = [(wanted.prompts[each], wanted.ends[each]) == shape for each in order]
-                size = min(size, (alike + [False]).index(False))
+                size = min(size, [*alike, False].index(False))
             now, order = order[:size], order[size:]
             self._alone(now)
             self.done(len(now))

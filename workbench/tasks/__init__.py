@@ -131,7 +131,8 @@ def load_task(
         kind: how answers are judged: number, latex, option, text, list, code; found from the gold answers if not given.
         max_bad: share of a file's rows that may be unusable (broken, empty, endless, of another kind) and are put
             aside, in `task.bad` and in what is made from the task; past it the file is refused.
-        parameters: knobs of a generated task, such as `steps=(5, 7)` or reasoning-gym's own; `per_paradigm=20` of BLiMP.
+        parameters: knobs of a generated task, such as `steps=(5, 7)` or reasoning-gym's own; BLiMP's
+            `per_paradigm=20`.
 
     Raises:
         ValueError: an unknown name (with the nearest ones), file, column or parameter.

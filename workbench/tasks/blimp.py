@@ -135,7 +135,7 @@ def _from_hub(name: str, wanted: tuple[str, ...]) -> Iterator[dict[str, Any]]:
         except Exception as error:
             why = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:160]}"
             raise ValueError(
-                f"{name!r} could not be loaded: WORKBENCH_DATA names no folder with blimp/blimp.jsonl.gz, and the hub's "
-                f"{HUB!r} is neither cached nor reachable ({why}). Next: load_task({name!r}, path=FILE_OR_FOLDER)."
+                f"{name!r} could not be loaded: WORKBENCH_DATA names no folder with blimp/blimp.jsonl.gz, and the "
+                f"hub's {HUB!r} is neither cached nor reachable ({why}). Next: load_task({name!r}, path=FILE)."
             ) from error
         yield from _rows(enumerate(map(dict, records), start=1), f"{HUB}/{each}")

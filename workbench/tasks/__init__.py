@@ -19,7 +19,7 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from workbench.aside import Aside, BadRow
-from workbench.tasks import benchmarks, unit_tests, verifiers
+from workbench.tasks import benchmarks, blimp, unit_tests, verifiers
 from workbench.tasks.benchmarks import BBH, BENCHMARKS, SHARES, SPLITS, split_of
 from workbench.tasks.rows import checked, kind_of, read_records, rows_of, same_text
 from workbench.tasks.verifiers import Verdict
@@ -102,6 +102,8 @@ def task_names() -> list[str]:
         *(_families() if _gym_names() else _families()[:1]),
         *BENCHMARKS,
         *(f"bbh:{part}" for part in BBH),
+        "blimp",
+        *(f"blimp:{paradigm}" for paradigm in blimp.PARADIGMS),
         *(f"reasoning-gym:{name}" for name in _gym_names()),
     ]
 
@@ -121,7 +123,7 @@ def load_task(
 
     Args:
         name: a lab family ("word-problems", ...), "reasoning-gym:NAME", a benchmark ("gsm8k", "svamp", "aqua",
-            "math500", "humaneval", "bbh:SUBTASK"), or any name together with `path`.
+            "math500", "humaneval", "bbh:SUBTASK", "blimp", "blimp:PARADIGM"), or any name together with `path`.
         path: a JSON, JSONL, CSV or Parquet file, or a benchmark's folder. A file with a benchmark's own file name
             stands for its folder: path="gsm8k/test.jsonl" also finds train.jsonl beside it.
         split: put every row of the file into this split, instead of dealing them out by hash.
@@ -129,7 +131,8 @@ def load_task(
         kind: how answers are judged: number, latex, option, text, list, code; found from the gold answers if not given.
         max_bad: share of a file's rows that may be unusable (broken, empty, endless, of another kind) and are put
             aside, in `task.bad` and in what is made from the task; past it the file is refused.
-        parameters: knobs of a generated task, such as `steps=(5, 7)` or reasoning-gym's own.
+        parameters: knobs of a generated task, such as `steps=(5, 7)` or reasoning-gym's own; BLiMP's
+            `per_paradigm=20`.
 
     Raises:
         ValueError: an unknown name (with the nearest ones), file, column or parameter.
@@ -142,6 +145,10 @@ def load_task(
         if any(value is not None for value in (where, split, question, answer, kind)):
             raise ValueError(f"Task {name!r} is generated: it takes none of {_ABOUT_FILES}, which are for files.")
         return _gym_task(name, parameters) if ":" in name else _lab_task(name, parameters)
+    if name.partition(":")[0] == "blimp":
+        if any(value is not None for value in (split, question, answer, kind)) or set(parameters) - {"per_paradigm"}:
+            raise ValueError(f"Task {name!r} holds pairs of sentences: it takes path and per_paradigm alone.")
+        return _pair_task(name, where, parameters)
     if where is None and name not in BENCHMARKS and name.partition(":")[0] != "bbh":
         raise ValueError(_unknown(name))
     if parameters:
@@ -165,7 +172,7 @@ def _unknown(name: str) -> str:
     said = f"Did you mean {' or '.join(near)}? " if near else ""
     return (
         f"No task is called {name!r}. {said}Names: {', '.join([*_families(), *BENCHMARKS])}, bbh:SUBTASK, "
-        "reasoning-gym:NAME; or any name with path=FILE."
+        "blimp, blimp:PARADIGM, reasoning-gym:NAME; or any name with path=FILE."
     )
 
 
@@ -210,6 +217,17 @@ def _file_task(
         return deepcopy(picked)
 
     return Task(name, kind, str(path) if path else "files or hub", draw, _judge(kind), bad=tuple(aside.rows))
+
+
+def _pair_task(name: str, path: Path | None, parameters: dict[str, Any]) -> Task:
+    """Pairs of sentences; the text of an answer is the sentence that was chosen."""
+    source, draw = blimp.load_pairs(name, path, parameters.get("per_paradigm"))
+
+    def judge(row: dict[str, Any], text: str) -> Verdict:
+        said = text.strip()
+        return Verdict(said == row["good"], said if said in (row["good"], row["bad"]) else None)
+
+    return Task(name, "pair", source, draw, judge, dict(parameters))
 
 
 def _judge(kind: str) -> Callable[[dict[str, Any], str], Verdict]:

@@ -153,6 +153,7 @@ def _joined(row: dict[str, Any]) -> dict[str, Any]:
         if not all(re.match(r"\([A-Z]\) ", option) for option in listed):
             listed = [f"({chr(65 + place)}) {option}" for place, option in enumerate(map(str, options))]
         row["options"] = listed
+        row["option_texts"] = [option[4:].strip() for option in listed]
         row["question"] = "\n".join([row["question"], "Options:", *listed])
     if isinstance(row["answer"], str) and "\n#### " in row["answer"]:
         row["solution"], row["answer"] = row["answer"], row["answer"].rpartition("#### ")[2].strip()

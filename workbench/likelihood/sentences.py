@@ -1,0 +1,66 @@
+"""Minimal pairs: whether a model holds the good sentence of two for the likelier one (BLiMP, arXiv 1912.00582).
+
+A sentence's score is the sum of its tokens' log-probabilities behind the token that begins texts; where a tokenizer has
+none, behind the one that ends them. What the two sentences begin with is run once.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from workbench.interventions.concept import Intervention
+from workbench.likelihood.scoring import PLACES, loglikelihoods
+from workbench.models import LM, ModelError
+from workbench.statistics import Interval, wilson
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One pair's scores, in nats. correct: good is the likelier one; equal to 4 decimals is not."""
+
+    id: str
+    paradigm: str
+    field: str
+    good: float
+    bad: float
+    correct: bool
+
+
+def minimal_pairs(
+    lm: LM,
+    rows: Sequence[Mapping[str, Any]],
+    interventions: Intervention | Sequence[Intervention | None] | None = None,
+    *,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Pair]:
+    """Score both sentences of every row, in order. rows: with `good` and `bad`, as those of load_task("blimp")."""
+    for row in rows:
+        if not row.get("good") or not row.get("bad"):
+            raise ModelError(f"Row {row.get('id')!r} is no pair: it needs a good and a bad sentence.")
+    changes: Any = interventions
+    if isinstance(interventions, Sequence):
+        if len(interventions) != len(rows):
+            raise ModelError(
+                f"{len(interventions)} interventions for {len(rows)} rows. Give one for all, or one a row."
+            )
+        changes = [x for x in interventions for _ in ("good", "bad")]
+    requests = [("", str(row[side])) for row in rows for side in ("good", "bad")]
+    scored = loglikelihoods(lm, requests, changes, batch_size=batch_size, progress=progress)
+    found = []
+    for row, good, bad in zip(rows, scored[::2], scored[1::2], strict=True):
+        right = round(good.logprob, PLACES) > round(bad.logprob, PLACES)
+        names = (str(row.get(name, "")) for name in ("id", "paradigm", "field"))
+        found.append(Pair(*names, good.logprob, bad.logprob, right))
+    return found
+
+
+def pair_accuracy(pairs: Sequence[Pair], by: str = "paradigm") -> dict[str, Interval]:
+    """Share of pairs got right, with its 95 % interval, by "paradigm" or "field"; "all" stands last."""
+    if by not in ("paradigm", "field") or not pairs:
+        raise ModelError(f"by={by!r}, {len(pairs)} pairs: by is 'paradigm' or 'field', and one pair is needed.")
+    groups: dict[str, list[bool]] = {}
+    for pair in pairs:
+        groups.setdefault(getattr(pair, by), []).append(pair.correct)
+    groups["all"] = [pair.correct for pair in pairs]
+    return {name: wilson(sum(right), len(right)) for name, right in groups.items()}

@@ -145,9 +145,11 @@ def trainable(model: Any, recipe: "Recipe", start: "Adapter | None") -> tuple[An
         wrapped.prompt_encoder["default"].embedding.weight.data.copy_(learnt)
         return wrapped, None
     if start is not None:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        return PeftModel.from_pretrained(model, str(start.path), is_trainable=True), None
+        config: Any = PeftConfig.from_pretrained(str(start.path))
+        config.lora_dropout = recipe.dropout  # what is asked for now, not what the start was trained with
+        return PeftModel.from_pretrained(model, str(start.path), is_trainable=True, config=config), None
     if recipe.method == "full":
         model.requires_grad_(True)
         return model, None

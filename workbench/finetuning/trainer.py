@@ -1,6 +1,8 @@
-"""The one place that talks to TRL: a supervised trainer on ready tokens, quiet, offline, resumable to the same bytes.
+"""TRL's supervised trainer on ready tokens: quiet, offline, resumable to the same bytes.
 
-Covers TRL 1.16's `SFTTrainer` with its padding-free packing and fused loss. Import it late: TRL takes seconds to load.
+Covers TRL 1.16's `SFTTrainer` with its padding-free packing and fused loss; with weights or phases it is the one of
+`weighted_trainer` or `phased_trainer`, for preferences and rewards see `alignment`. Import it late: TRL takes seconds
+to load.
 Checkpoints get a marker with the size and hash of every file, written last; a checkpoint without a true marker was torn
 by a kill and is not resumed from.
 """
@@ -96,7 +98,7 @@ class QuietTrainer(SFTTrainer):
 
     def _in_parts(self, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
         pieces = split(inputs, self.parts)
-        if len(pieces) > 1 and items is None:
+        if len(pieces) > 1 and items is None:  # no count of the step: then each micro-batch is a mean of its own
             items = inputs["labels"][..., 1:].ne(IGNORED).sum()
         losses = []
         for piece in pieces:

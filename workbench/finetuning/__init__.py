@@ -10,14 +10,14 @@ into the weights, `preference` and `reward` learn from what is better. Not cover
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files import content_key, sha256, write_atomic
 from workbench.finetuning.base import load_base, process_peak
 from workbench.finetuning.card import write_card
-from workbench.finetuning.folders import ADAPTER_FILES, finished, result_of, save_result
+from workbench.finetuning.folders import ADAPTER_FILES, finished, goes_on, note_begun, result_of, save_result
 from workbench.finetuning.methods import Method, packing_reason, trainable
 from workbench.finetuning.options import Watching, held_out_records
 from workbench.finetuning.recipe import Recipe, kept_records, make_recipe
@@ -41,32 +41,18 @@ def finetune(
     data: Data | str | Path | list[Record],
     out: str | Path,
     *,
-    rank: int = 16,
-    alpha: int | None = None,
-    targets: str | list[str] = "all-linear",
-    epochs: float = 2,
-    learning_rate: float | None = None,
-    batch_tokens: int = 2048,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    quantization: Literal["auto", "nf4", "none"] = "auto",
-    packing: bool = True,
-    dropout: float = 0.0,
-    warmup: float = 0.05,
-    seed: int = 0,
-    save_steps: int = 25,
-    method: Method = "lora",
-    virtual_tokens: int = 20,
-    weights: "Weigh | None" = None,
+    method: Method = "lora", virtual_tokens: int = 20,
+    rank: int = 16, alpha: int | None = None, targets: str | list[str] = "all-linear", dropout: float = 0.0,
     start: Adapter | None = None,
-    order: Literal["shuffled", "given"] = "shuffled",
-    checkpointing: bool | None = None,
-    held_out: Data | str | Path | list[Record] | None = None,
-    task: "Task | None" = None,
+    quantization: Literal["auto", "nf4", "none"] = "auto",
+    epochs: float = 2, learning_rate: float | None = None, warmup: float = 0.05, seed: int = 0,
+    batch_tokens: int = 2048, batch_size: int = 16, packing: bool = True, max_length: int | None = None,
+    weights: "Weigh | None" = None, order: Literal["shuffled", "given"] = "shuffled",
+    held_out: Data | str | Path | list[Record] | None = None, task: "Task | None" = None,
     watch: "Callable[[list[dict[str, float]]], None] | None" = None,
-    memory: int | None = None,
-    until: float = 1.0,
-) -> Adapter | Path:
+    memory: int | None = None, checkpointing: bool | None = None,
+    save_steps: int = 25, until: float = 1.0,
+) -> Adapter | Path:  # fmt: skip
     """Train on the kept records of `data` and write the result to the folder `out`: an adapter, which is returned.
 
     What is trained:
@@ -131,13 +117,18 @@ def _run(
         settings |= {"weights": content_key(weights=weights_key(examples))}
         if finished(out, settings):
             return result_of(out, recipe.method)
-    planned, row = fit(lm, recipe, [len(example.input_ids) for example in examples], watching.memory)
+    scored, unscored = _held_out(lm, watching, recipe)
+    wanted, begun = goes_on(out, lm, recipe.quantization)
+    lengths = [len(example.input_ids) for example in examples]
+    planned, row = fit(lm, replace(recipe, quantization=wanted), lengths, watching.memory)
+    planned = replace(planned, reasons=planned.reasons | ({"quantization": begun} if begun else {}))
     claim_folder(out, settings, "finetune")
-    _say(f"learning rate: {rate_reason}", *(f"{name}: {text}" for name, text in planned.reasons.items()))
+    note_begun(out, lm, planned.quantization)
+    _say(f"learning rate: {rate_reason}", *unscored, *(f"{name}: {text}" for name, text in planned.reasons.items()))
     learnt_tokens = sum(label != IGNORED for example in examples for label in example.labels)
     used = {"used": len(examples), "left_out": dropped, "learnt_tokens": learnt_tokens}
     report = {"settings": settings, "base": base, "parameters": asdict(recipe), "records": used}
-    done = _train(lm, examples, recipe, planned, row, out, start, watching)
+    done = _train(lm, examples, scored, recipe, planned, row, out, start, watching)
     if done is None:  # paused
         return Adapter(out)
     report |= done
@@ -148,9 +139,20 @@ def _run(
     return result_of(out, recipe.method)
 
 
+def _held_out(lm: "LM", watching: Watching, recipe: Recipe) -> "tuple[list[Example], list[str]]":
+    """Examples to score on, and what to say of those that are left out."""
+    from workbench.finetuning.packing import encode_all
+
+    if not watching.held_out:
+        return [], []
+    examples, dropped = encode_all(lm, watching.held_out, "held_out", recipe.max_length)
+    return examples, [f"held_out: {count} records left out, {reason}" for reason, count in dropped.items()]
+
+
 def _train(
     lm: "LM",
     examples: "list[Example]",
+    scored: "list[Example]",
     recipe: Recipe,
     planned: "Plan",
     row: int,
@@ -174,7 +176,7 @@ def _train(
             learning_rate=recipe.learning_rate, warmup=recipe.warmup, checkpointing=planned.checkpointing,
             save_steps=recipe.save_steps, seed=recipe.seed, shuffle=recipe.order == "shuffled",
         )  # fmt: skip
-        estimate = set_up(lm, trainer, planned, recipe, row, out, watching)
+        estimate = set_up(lm, trainer, planned, recipe, row, out, scored, watching)
         _say(f"packing: {packing}", estimate["text"])
         ended, resumed = training.train(trainer, out / "checkpoints")
         measured = grown()
@@ -189,7 +191,7 @@ def _train(
         "reasons": {**lm.reasons, **planned.reasons, "packing": packing}, "estimate": estimate,
         "measured": {"bytes": measured, "seconds": speed["seconds"] + speed["aside"]},
         "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": speed["seconds"], "speed": speed,
-        "resumed_from_step": resumed, "peak_memory": process_peak(), "out_of_memory": trainer.shortages,
+        "resumed_from_step": resumed, "peak_memory": process_peak(lm.device), "out_of_memory": trainer.shortages,
         "adapter_parameters": planned.adapter_parameters, "quantization": planned.quantization or "none",
         "loss": {"first": losses[0], "last": losses[-1]}, "files": files,
     }  # fmt: skip

@@ -53,11 +53,10 @@ def make_recipe(lm: "LM", start: "Adapter | None", until: float, **asked: Any) -
     """
     method, quantization = settle_method(asked["method"], asked["quantization"])
     rate, reason = rate_for(lm, asked["learning_rate"], method)
-    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or asked["batch_tokens"]
     settled = {
         "alpha": 2 * asked["rank"] if asked["alpha"] is None else asked["alpha"],
         "learning_rate": rate,
-        "max_length": min(asked["max_length"] or context, context),
+        "max_length": length_limit(lm, asked["max_length"], asked["batch_tokens"]),
         "quantization": quantization,
         "method": method,
         "virtual_tokens": asked["virtual_tokens"] if method in VIRTUAL else 20,
@@ -71,10 +70,7 @@ def make_recipe(lm: "LM", start: "Adapter | None", until: float, **asked: Any) -
 
 def check(recipe: Recipe, until: float) -> None:
     """Raise ValueError for numbers that can't be."""
-    least = {"rank": 1, "alpha": 1, "batch_tokens": 1, "batch_size": 1, "max_length": 2, "save_steps": 1}
-    for name, limit in least.items():
-        if getattr(recipe, name) < limit:
-            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
+    check_least(recipe, rank=1, alpha=1, batch_tokens=1, batch_size=1, max_length=2, save_steps=1)
     if recipe.epochs <= 0 or recipe.learning_rate <= 0:
         raise ValueError(f"epochs={recipe.epochs} and learning_rate={recipe.learning_rate} must both be above 0.")
     if not 0 <= recipe.dropout < 1 or not 0 <= recipe.warmup < 1:
@@ -91,6 +87,19 @@ def check(recipe: Recipe, until: float) -> None:
         raise ValueError(
             "order='given' keeps the records' order, and packing=True puts them where they fit. Pass packing=False."
         )
+
+
+def check_least(recipe: Any, **least: float) -> None:
+    """Raise ValueError for a number of `recipe` that is below its least value here."""
+    for name, limit in least.items():
+        if getattr(recipe, name) < limit:
+            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
+
+
+def length_limit(lm: "LM", asked: int | None, otherwise: int) -> int:
+    """Tokens that a record may have: as asked for, at most the model's context (`otherwise` where it says none)."""
+    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or otherwise
+    return context if asked is None else min(asked, context)
 
 
 def kept_records(data: Data | str | Path | list[Record]) -> tuple[list[Record], str]:

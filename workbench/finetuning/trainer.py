@@ -129,8 +129,8 @@ class QuietTrainer(SFTTrainer):
 class Watch(TrainerCallback):
     """Heartbeat, loss curve, speed, scores, markers of whole checkpoints; stops at a loss that is no number."""
 
-    def __init__(self, trainer: QuietTrainer, curve: Path) -> None:
-        self.trainer, self.curve = trainer, curve
+    def __init__(self, trainer: QuietTrainer, curve: Path, stage: str = "finetune") -> None:
+        self.trainer, self.curve, self.stage = trainer, curve, stage
         self.speed: Speed | None = None
         self.scoring: Scoring | None = None
         self.show: Callable[[Rows], None] | None = None
@@ -177,7 +177,7 @@ class Watch(TrainerCallback):
         fast = self.speed.rows[-1] if self.speed else {}
         self.rows.append({**row, **fast})
         shown = {name: value for name, value in self.rows[-1].items() if name in SHOWN}
-        heartbeat("finetune", state.global_step, state.max_steps, **shown)
+        heartbeat(self.stage, state.global_step, state.max_steps, **shown)
         if self.show:
             self.show(self.rows)
 
@@ -280,17 +280,12 @@ def make_trainer(
     adapter: PeftConfig | None,
     *,
     checkpoints: Path,
-    packed_length: int | None,
-    batch_size: int,
-    accumulation: int,
-    epochs: float,
-    learning_rate: float,
-    warmup: float,
+    packed_length: int | None, batch_size: int, accumulation: int,
+    epochs: float, learning_rate: float, warmup: float,
     checkpointing: bool,
     save_steps: int,
-    seed: int,
-    shuffle: bool = True,
-) -> QuietTrainer:
+    seed: int, shuffle: bool = True,
+) -> QuietTrainer:  # fmt: skip
     """A trainer on ready tokens: rows packed to `packed_length` tokens, or padded batches of `batch_size`.
 
     adapter: PEFT's configuration of a new adapter; None where `model` has its trainable parameters already. shuffle:

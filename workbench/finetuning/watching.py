@@ -78,12 +78,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
             return Peak(known, f"table: {name}, {known / 1e12:.0f} TFLOPS in {dtype}")
     size = MATMUL * (8 if device.type == "cuda" else 1)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best = min(_seconds(lambda: matrix @ matrix, device) for _ in range(4))
+    best = min(seconds_of(lambda: matrix @ matrix, device) for _ in range(4))
     speed = 2 * size**3 / best
     return Peak(speed, f"measured: {speed / 1e9:.0f} GFLOPS, a product of two {size} x {size} matrices of {dtype}")
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, until the device is done with it."""
     begin = time.perf_counter()
     work()
     if device.type == "cuda":

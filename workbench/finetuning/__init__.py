@@ -11,7 +11,9 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files import content_key, sha256, write_atomic
@@ -27,8 +29,10 @@ from workbench.synthesis.records import Data, Record, claim_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from workbench.finetuning.fastest import Variant
     from workbench.finetuning.memory import Plan
     from workbench.finetuning.packing import Example
+    from workbench.finetuning.trainer import QuietTrainer
     from workbench.finetuning.weighting import Weigh
     from workbench.models import LM
     from workbench.tasks import Task
@@ -51,7 +55,7 @@ def finetune(
     held_out: Data | str | Path | list[Record] | None = None, task: "Task | None" = None,
     watch: "Callable[[list[dict[str, float]]], None] | None" = None,
     memory: int | None = None, checkpointing: bool | None = None,
-    save_steps: int = 25, until: float = 1.0,
+    save_steps: int = 25, until: float = 1.0, fastest: bool = False,
 ) -> Adapter | Path:  # fmt: skip
     """Train on the kept records of `data` and write the result to the folder `out`: an adapter, which is returned.
 
@@ -74,6 +78,8 @@ def finetune(
             settings that fit. `checkpointing` (activations made anew, not kept) follows from it unless given. Where
             memory runs out while training, micro-batches are split and the run goes on.
         until: share of the steps after which to pause, with an adapter as it is then; the same call goes on from there.
+        fastest: on a GPU, first try attention kernels and compilation for a few steps each, and train with the fastest
+            of those with the same losses; kept by GPU, model and settings. Changes nothing on a CPU.
 
     `out` receives the weights, losses.jsonl, speed.jsonl, README.md and, last, training.json: settings, tokens,
     seconds, memory, predictions. Raises `RecordError` for records that can't be trained on and `ValueError` for
@@ -87,7 +93,7 @@ def finetune(
         virtual_tokens=virtual_tokens, order=order, checkpointing=checkpointing,
     )  # fmt: skip
     scored = None if held_out is None else held_out_records(*kept_records(held_out), records)
-    watching = Watching(scored, task, watch, memory, until)
+    watching = Watching(scored, task, watch, memory, until, fastest)
     return _run(lm, records, where, recipe, Path(out), rate_reason, weights, start, watching)
 
 
@@ -165,17 +171,10 @@ def _train(
     from workbench.finetuning.memory import growth
     from workbench.finetuning.preparing import set_up
 
+    build = partial(_built, lm, examples, recipe, planned, row, start)
+    variant, chosen = _variant(lm, recipe, planned, row, build) if watching.fastest else (None, {})
     with training.own_random_state(lm.device), training.quiet_libraries(), growth(lm.device, planned.tight) as grown:
-        model = load_base(lm, planned)
-        packed, packing = _packing(model, examples, recipe)
-        model, adapter = trainable(model, recipe, start)
-        trainer = training.make_trainer(
-            model, lm.tokenizer, examples, adapter, checkpoints=out / "checkpoints",
-            packed_length=row if packed else None, batch_size=recipe.batch_size,
-            accumulation=max(1, recipe.batch_tokens // row) if packed else 1, epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate, warmup=recipe.warmup, checkpointing=planned.checkpointing,
-            save_steps=recipe.save_steps, seed=recipe.seed, shuffle=recipe.order == "shuffled",
-        )  # fmt: skip
+        trainer, packing = build(out / "checkpoints", variant)
         estimate = set_up(lm, trainer, planned, recipe, row, out, scored, watching)
         _say(f"packing: {packing}", estimate["text"])
         ended, resumed = training.train(trainer, out / "checkpoints")
@@ -188,13 +187,62 @@ def _train(
     speed = trainer.watch.speed.summary() if trainer.watch.speed else {}
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return {
-        "reasons": {**lm.reasons, **planned.reasons, "packing": packing}, "estimate": estimate,
+        "reasons": {**lm.reasons, **planned.reasons, "packing": packing, **chosen}, "estimate": estimate,
         "measured": {"bytes": measured, "seconds": speed["seconds"] + speed["aside"]},
         "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": speed["seconds"], "speed": speed,
         "resumed_from_step": resumed, "peak_memory": process_peak(lm.device), "out_of_memory": trainer.shortages,
         "adapter_parameters": planned.adapter_parameters, "quantization": planned.quantization or "none",
         "loss": {"first": losses[0], "last": losses[-1]}, "files": files,
     }  # fmt: skip
+
+
+def _built(
+    lm: "LM",
+    examples: "list[Example]",
+    recipe: Recipe,
+    planned: "Plan",
+    row: int,
+    start: Adapter | None,
+    checkpoints: Path,
+    variant: "Variant | None",
+) -> "tuple[QuietTrainer, str]":
+    """A trainer over the base, loaded again, and why its records are packed or not."""
+    from workbench.finetuning import trainer as training
+    from workbench.finetuning.fastest import prepare
+
+    model = load_base(lm, planned)
+    if variant:
+        prepare(model, variant)
+    packed, packing = _packing(model, examples, recipe)
+    model, adapter = trainable(model, recipe, start)
+    made = training.make_trainer(
+        model, lm.tokenizer, examples, adapter, checkpoints=checkpoints,
+        packed_length=row if packed else None, batch_size=recipe.batch_size,
+        accumulation=max(1, recipe.batch_tokens // row) if packed else 1, epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate, warmup=recipe.warmup, checkpointing=planned.checkpointing,
+        save_steps=recipe.save_steps, seed=recipe.seed, shuffle=recipe.order == "shuffled",
+    )  # fmt: skip
+    return made, packing
+
+
+def _variant(
+    lm: "LM", recipe: Recipe, planned: "Plan", row: int, build: "Callable[..., tuple[QuietTrainer, str]]"
+) -> "tuple[Variant | None, dict[str, str]]":
+    """The fastest way to train that computes the same, and the reason; tried in a folder of its own."""
+    from workbench.finetuning.fastest import choose
+
+    how = ("method", "rank", "alpha", "targets", "dropout", "packing", "batch_size", "batch_tokens", "virtual_tokens")
+    settings = {name: getattr(recipe, name) for name in how} | {"row": row, "quantization": planned.quantization}
+    with TemporaryDirectory() as folder:
+
+        def short(variant: "Variant") -> "QuietTrainer":
+            trainer = build(Path(folder) / "checkpoints", variant)[0]
+            trainer.watch.stage = f"finetune, trying {variant.name}"
+            return trainer
+
+        variant, reason = choose(lm, short, planned.checkpointing, settings)
+    _say(f"variant: {reason}")
+    return variant, {"variant": reason}
 
 
 def _packing(model: "PreTrainedModel", examples: "list[Example]", recipe: Recipe) -> tuple[bool, str]:

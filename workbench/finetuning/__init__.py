@@ -22,7 +22,7 @@ from workbench.finetuning.card import write_card
 from workbench.finetuning.folders import ADAPTER_FILES, finished, goes_on, note_begun, result_of, save_result
 from workbench.finetuning.methods import Method, packing_reason, trainable
 from workbench.finetuning.options import Watching, held_out_records
-from workbench.finetuning.recipe import Recipe, kept_records, make_recipe
+from workbench.finetuning.recipe import Recipe, kept_records, make_recipe, records_key
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import Data, Record, claim_folder
 
@@ -98,18 +98,16 @@ def finetune(
 
 
 def _run(
-    lm: "LM",
-    records: list[Record],
-    where: str,
-    recipe: Recipe,
-    out: Path,
-    rate_reason: str,
-    weights: "Weigh | None",
-    start: Adapter | None,
-    watching: Watching,
-) -> Adapter | Path:
+    lm: "LM", records: list[Record], where: str, recipe: Recipe, out: Path, rate_reason: str, weights: "Weigh | None",
+    start: Adapter | None, watching: Watching,
+) -> Adapter | Path:  # fmt: skip
     base = {"name": lm.name, "revision": lm.revision}
-    settings: dict[str, Any] = {"base": base, "records": _content(records), **recipe.settings(), **watching.settings()}
+    settings: dict[str, Any] = {
+        "base": base,
+        "records": records_key(records),
+        **recipe.settings(),
+        **watching.settings(),
+    }
     weighted = weights is not None or any(name in record for record in records for name in FIELDS)
     if not weighted and finished(out, settings):
         return result_of(out, recipe.method)
@@ -265,13 +263,6 @@ def _pause(out: Path, checkpoint: Path | None, steps: int) -> None:
     for name in ADAPTER_FILES:
         write_atomic(out / name, (checkpoint / name).read_bytes())
     _say(f"paused after step {checkpoint.name.split('-')[1]} of {steps}; the same call without until= goes on")
-
-
-def _content(records: list[Record]) -> str:
-    """A key of what is learnt: the messages and, where there are any, what is given of the answers and the phases."""
-    more = {name: [record.get(name) for record in records] for name in ("given", "phase")}
-    used = {name: values for name, values in more.items() if any(values)}
-    return content_key(messages=[record["messages"] for record in records], **used)
 
 
 def _say(*lines: str) -> None:

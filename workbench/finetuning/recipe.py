@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.files import content_key
 from workbench.finetuning.methods import VIRTUAL, check_method, default_rate, goes_on_from, settle_method
 from workbench.synthesis.records import Data, Record, RecordError, check_record, load_data
 
@@ -117,6 +118,13 @@ def kept_records(data: Data | str | Path | list[Record]) -> tuple[list[Record], 
             "questions (n=), allow more samples, or choose a strategy that the model gets right."
         )
     return kept, where
+
+
+def records_key(records: list[Record]) -> str:
+    """A key of what is learnt: the messages and, where there are any, what is given of the answers and the phases."""
+    more = {name: [record.get(name) for record in records] for name in ("given", "phase")}
+    used = {name: values for name, values in more.items() if any(values)}
+    return content_key(messages=[record["messages"] for record in records], **used)
 
 
 def rate_for(lm: "LM", given: float | None, method: str = "lora") -> tuple[float, str]:

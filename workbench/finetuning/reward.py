@@ -117,13 +117,9 @@ def reinforce(
     steps: int = 40, questions: int = 8, answers: int = 8,
     n: int | None = None, split: str = "train", strategy: "Strategy | None" = None,
     max_new_tokens: int = 256, temperature: float = 1.0,
-    beta: float = 0.0,
-    top_entropy: float = 1.0,
-    learning_rate: float | None = None, warmup: float = 0.0,
-    batch_size: int | None = None,
+    beta: float = 0.0, top_entropy: float = 1.0, batch_size: int | None = None,
+    learning_rate: float | None = None, warmup: float = 0.0, seed: int = 0, save_steps: int = 10,
     quantization: Literal["auto", "nf4", "none"] = "auto",
-    seed: int = 0,
-    save_steps: int = 10,
 ) -> Adapter:  # fmt: skip
     """Train a LoRA adapter by reward and write it to the folder `out`, as `finetune` does; returns the adapter.
 
@@ -152,9 +148,7 @@ def reinforce(
     )  # fmt: skip
     judge = _reward(reward)
     _check(recipe)
-    if n is not None and n < 1:
-        raise ValueError(f"n={n} is too small: give 1 question or more, or leave it out for a new one each time.")
-    asked = task.rows(split, n=steps * questions if n is None else n, seed=seed)
+    asked = task.rows(split, n=_asked(n, recipe), seed=seed)
     return _run(begin, task, asked, strategy, judge, recipe)
 
 
@@ -222,6 +216,13 @@ def _reward(reward: str | Reward) -> Reward:
     if reward not in REWARDS:
         raise ValueError(f"reward={reward!r} is not known. Choose one of {', '.join(REWARDS)}, or pass a function.")
     return REWARDS[reward]
+
+
+def _asked(n: int | None, recipe: RewardRecipe) -> int:
+    """How many different questions."""
+    if n is not None and n < 1:
+        raise ValueError(f"n={n} is too small: give 1 question or more, or leave it out for a new one each time.")
+    return recipe.steps * recipe.questions if n is None else n
 
 
 def _check(recipe: RewardRecipe) -> None:

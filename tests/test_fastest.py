@@ -5,15 +5,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bench import training as bench
+from tests.test_finetune import QUICK, RECORDS
 from tests.tiny import tiny_tokenizer
+from workbench.files import sha256
 from workbench.finetuning import fastest as module
-from workbench.finetuning.fastest import REFERENCE, Measured, Variant, fastest, judge, measure, variants
+from workbench.finetuning import finetune
+from workbench.finetuning.fastest import REFERENCE, Measured, Variant, candidates, fastest, judge, measure, variants
+from workbench.finetuning.folders import ADAPTER_FILES
 from workbench.models import LM, load_model
 
 ROW = 96
@@ -132,3 +138,52 @@ def test_the_bench_runs_at_tiny_scale_in_four_bits_too() -> None:
         assert [line["verdict"].removesuffix(", chosen") for line in lines] == ["ok"] * 5
         assert sum(line["verdict"].endswith(", chosen") for line in lines[:-1]) == 1
         assert lines[-1]["variant"] == "TRL's defaults" and found[-1].tokens_per_second > 0
+
+
+def test_finetune_on_a_cpu_says_that_the_choice_is_for_gpus_and_changes_nothing(lm: LM, tmp_path: Path) -> None:
+    plain = finetune(lm, RECORDS, tmp_path / "plain", epochs=1, **QUICK)
+    asked = finetune(lm, RECORDS, tmp_path / "asked", epochs=1, fastest=True, **QUICK)
+    assert sha256(asked.path / ADAPTER_FILES[0]) == sha256(plain.path / ADAPTER_FILES[0])
+    reports = [json.loads((each.path / "training.json").read_text()) for each in (plain, asked)]
+    assert "variant" not in reports[0]["reasons"]
+    assert (
+        reports[1]["reasons"]["variant"] == "as it is: fastest=True chooses kernels for GPUs, and the model is on cpu"
+    )
+
+
+def test_finetune_trains_with_the_fastest_right_variant(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with kernels that a CPU has; the speeds alone are made up."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    own, quick = Variant(checkpointing=False), Variant(checkpointing=False, attention="eager")
+    monkeypatch.setattr(module, "candidates", lambda lm, checkpointing: [own, quick])
+    measured, built = [], []
+
+    def as_if_quick(name: str, make: Callable[[], Any], steps: int) -> Measured:
+        measured.append(name)
+        return replace(measure(name, make, steps), tokens_per_second=float(len(measured)))
+
+    monkeypatch.setattr(module, "measure", as_if_quick)
+    real = module.prepare
+    monkeypatch.setattr(module, "prepare", lambda model, variant: built.append(variant) or real(model, variant))
+    plain = finetune(lm, RECORDS, tmp_path / "plain", epochs=1, **QUICK)
+    found = finetune(lm, RECORDS, tmp_path / "found", epochs=1, fastest=True, **QUICK)
+    assert measured == [own.name, quick.name] and built == [own, quick, quick]
+    kept = json.loads(next((tmp_path / "cache" / "workbench").iterdir()).read_text())
+    assert kept["winner"] == quick.name and {one["verdict"] for one in kept["measured"]} == {"ok"}
+    report = json.loads((found.path / "training.json").read_text())
+    assert report["reasons"]["variant"].startswith(f"{quick.name}: 2.00 times the reference; 2 measured, 0 of them")
+    ours, theirs = (load_file(each.path / ADAPTER_FILES[0]) for each in (found, plain))
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in theirs)
+    again = finetune(lm, RECORDS, tmp_path / "again", epochs=1, fastest=True, **QUICK)
+    assert len(measured) == 2 and built[3:] == [quick]  # the answer was kept
+    assert sha256(again.path / ADAPTER_FILES[0]) == sha256(found.path / ADAPTER_FILES[0])
+
+
+def test_candidates_for_a_gpu_begin_with_the_models_own_kernel(lm: LM) -> None:
+    assert candidates(lm, False) == []
+    gpu = SimpleNamespace(device=torch.device("cuda"), model=lm.model)
+    found = candidates(gpu, True)  # type: ignore[arg-type]
+    assert found[0] == Variant(True, attention=lm.model.config._attn_implementation)
+    assert len(found) == len(set(found)) == 6 and all(one.checkpointing and one.loss == "chunked" for one in found)

@@ -98,3 +98,13 @@ def test_what_can_not_be_merged_is_refused(lm: LM, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Merge it into the model it was trained on"):
         merge(other, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists() and issubclass(ModelError, ValueError)
+
+
+def test_a_base_that_was_replaced_on_disk_is_not_merged_into(tmp_path: Path) -> None:
+    folder = make_tiny("llama", tmp_path / "base")
+    lm = load_model(folder)
+    adapter = finetune(lm, RECORDS[:8], tmp_path / "a", quantization="nf4", **{**QUICK, "epochs": 1})
+    make_tiny("llama", folder, seed=5)
+    with pytest.raises(ValueError, match=r"on disk is now revision .*, but the loaded model is"):
+        merge(lm, adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

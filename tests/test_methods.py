@@ -1,6 +1,7 @@
 """Methods of fine-tuning: each learns, resumes to the same bytes, leaves the caller's model and is a condition."""
 
 import json
+import shutil
 from pathlib import Path
 
 import bitsandbytes
@@ -235,3 +236,18 @@ def test_records_are_learnt_in_the_order_given(lm: LM, tmp_path: Path) -> None:
         alone = json.loads((tmp_path / f"alone-{place}" / "losses.jsonl").read_text().splitlines()[0])["loss"]
         assert seen["given"][place] == pytest.approx(alone, rel=1e-4)
     assert seen["shuffled"] != pytest.approx(seen["given"], rel=1e-3)
+
+
+def test_the_dropout_asked_for_holds_not_that_of_the_start(lm: LM, tmp_path: Path) -> None:
+    """Going on from an adapter, as it was or with another dropout in its own settings, is the same."""
+    few = RECORDS[:8]
+    first = finetune(lm, few, tmp_path / "first", **options("lora", epochs=1))
+    other = tmp_path / "other"
+    shutil.copytree(first.path, other)
+    config = json.loads((other / "adapter_config.json").read_text())
+    (other / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.5}))
+    weights = {}
+    for name, start, dropout in (("plain", first, 0.0), ("none", Adapter(other), 0.0), ("some", first, 0.5)):
+        made = finetune(lm, few, tmp_path / name, **options("lora", epochs=2, start=start, dropout=dropout))
+        weights[name] = sha256(made.path / "adapter_model.safetensors")
+    assert weights["none"] == weights["plain"] != weights["some"]

@@ -255,6 +255,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     options = QUICK | {"start": start if begin else None, "rank": None if begin else 4, "epochs": 2, "save_steps": 4}
 
     def die(stage: str, step: int, total: int, **_: float) -> None:
+        assert stage == "prefer"
         if step == 7:
             raise Killed
 
@@ -297,6 +298,7 @@ def test_a_finished_folder_is_returned_and_nothing_of_the_caller_changes(
 
 def test_contradictions_are_refused_before_work(lm: LM, start: Adapter, tmp_path: Path) -> None:
     pairs = preference_pairs(RECORDS)
+    virtual = finetune(lm, RECORDS[:4], tmp_path / "virtual", method="prompt", virtual_tokens=4, epochs=1)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"method": "simpo"}, "method='simpo' is not known. Choose one of dpo, dpo-norm"),
         ({"start": start, "rank": 8}, "rank=8 was given together with start="),
@@ -304,6 +306,9 @@ def test_contradictions_are_refused_before_work(lm: LM, start: Adapter, tmp_path
         ({"beta": 0.0}, "beta=0.0 must be above 0"),
         ({"batch_size": 0}, "batch_size=0 is too small"),
         ({"warmup": 2.0}, "warmup=2.0 is a share"),
+        ({"alpha": 0.0}, "alpha=0.0 must be above 0"),
+        ({"max_length": 0}, "max_length=0 is too small"),
+        ({"start": virtual}, "puts 4 virtual tokens before the text; preferences and rewards train LoRA adapters"),
     ]
     for options, text in wrong:
         with pytest.raises(ValueError, match=text):

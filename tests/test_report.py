@@ -223,3 +223,10 @@ def test_format_table_lines_up_and_folds_limits():
     assert len({line.index("240") for line in lines[1:]}) == 1
     assert format_table([]) == "(no rows)"
     assert "low" not in format_table(COMPARISONS).splitlines()[0]
+
+
+def test_a_run_that_compared_nothing_is_not_blamed_for_telling_no_limits(tmp_path):
+    leave(tmp_path, "02_finetune_qlora", summary="180 records, final loss 0.041.")
+    assert "No stage recorded a limit" not in Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+    leave(tmp_path, "05_evaluate", table=TABLE)
+    assert "No stage recorded a limit" in Page(write_report(tmp_path).read_text(encoding="utf-8")).text

@@ -198,6 +198,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     options = QUICK | {"steps": 6, "save_steps": 2, "start": start} | more
 
     def die(stage: str, step: int, total: int, **_: float) -> None:
+        assert stage == "reinforce"
         if step == 5:
             raise Killed
 
@@ -238,6 +239,8 @@ def test_contradictions_are_refused_before_work(lm: LM, start: Adapter, word_pro
         ({"batch_size": 48}, "batch_size=48 does not divide the 64 answers of a step"),
         ({"top_entropy": 0.0}, "top_entropy=0.0 and warmup=0.0 are shares"),
         ({"temperature": 0.0}, "temperature=0.0 and learning_rate"),
+        ({"batch_size": 0}, "batch_size=0 is too small"),
+        ({"n": 0}, "n=0 is too small"),
         ({"start": start, "targets": ["q_proj"]}, r"targets=\['q_proj'\] was given together with start="),
     ]
     for options, text in wrong:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,8 +44,9 @@ def test_a_finished_cell_is_read_and_time_that_is_up_leaves_the_rest(
         raise RuntimeError("no training in this test")
 
     monkeypatch.setattr(training_methods, "trained", trained)
-    monkeypatch.setattr(training_methods, "load_model", lambda name: None)
-    study = Study(None, None, tmp_path, "test", 2)  # type: ignore[arg-type]
+    lm, task = SimpleNamespace(revision="one"), SimpleNamespace(name="word-problems")
+    monkeypatch.setattr(training_methods, "load_model", lambda name: lm)
+    study = Study(lm, task, tmp_path, "test", 2)  # type: ignore[arg-type]
     with pytest.raises(RuntimeError):
         cell(study, START, ARMS[START], 0)
     key = training_methods.content_key(arm=ARMS[START], seed=0, split="test", n=2)[:12]
@@ -52,6 +54,9 @@ def test_a_finished_cell_is_read_and_time_that_is_up_leaves_the_rest(
     (tmp_path / "cells" / f"{key}.json").write_text(json.dumps(made(START, 0, [1, 0])))
     assert cell(study, START, ARMS[START], 0) == made(START, 0, [1, 0])
     assert calls == [("start", 0)]
+    (tmp_path / "cells" / f"{key}.json").write_text(json.dumps({**made(START, 0, [1, 0]), "model": "two"}))
+    with pytest.raises(ValueError, match=r"was made with {'model': 'two'}, and .*'one'"):
+        cell(study, START, ARMS[START], 0)
     main(["--out", str(tmp_path), "--seeds", "0", "--n", "2", "--arms", START, "DPO", "--minutes", "0"])
     assert "2 cells were left for another start" in capsys.readouterr().out
     assert calls == [("start", 0)]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from tests.test_finetune import QUICK, RECORDS, record
 from workbench.finetuning import finetune
@@ -14,6 +15,7 @@ from workbench.finetuning.packing import IGNORED, encode_all
 from workbench.finetuning.watching import Live, flops_per_token, peak_flops
 from workbench.models import LM, load_model
 from workbench.synthesis.records import RecordError
+from workbench.tasks import load_task
 
 HELD_OUT = [record(f"{a}+9?", f"The answer is {a + 9}.") for a in range(2, 8)]
 SMALL: dict[str, Any] = {**QUICK, "epochs": 4, "batch_tokens": 1024, "save_steps": 2}
@@ -255,3 +257,42 @@ def test_live_figure_is_refreshed_in_place_and_headless_shows_nothing(
     assert last["held-out loss"].x == (2, 4)
     said = capsys.readouterr()
     assert all(line.startswith("finetune: ") for line in said.out.splitlines())
+
+
+def test_parts_add_up_where_the_tokens_of_a_step_are_not_counted(lm: LM, tmp_path: Path) -> None:
+    """transformers counts none for a model whose forward takes no further arguments."""
+    from workbench.finetuning import trainer as training
+
+    examples, found = encode_all(lm, RECORDS, "here", 100)[0], []
+    for parts in (1, 2):
+        with training.own_random_state(lm.device), training.quiet_libraries():
+            trainer = training.make_trainer(
+                load_model(lm.name).model, lm.tokenizer, examples, LoraConfig(r=4, target_modules="all-linear"),
+                checkpoints=tmp_path / f"{parts}", packed_length=256, batch_size=1, accumulation=3, epochs=1,
+                learning_rate=1e-9, warmup=0, checkpointing=False, save_steps=100, seed=0,
+            )  # fmt: skip
+            trainer.model_accepts_loss_kwargs, trainer.parts = False, parts
+            trainer.train()
+        found.append([(line["loss"], line["grad_norm"]) for line in trainer.state.log_history if "grad_norm" in line])
+    assert found[1] == [pytest.approx(step, rel=1e-4) for step in found[0]]
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+def test_accuracy_while_training_is_that_of_the_adapter(
+    lm: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr("workbench.finetuning.watching.TASK_ROWS", 4)
+    file = tmp_path / "task.jsonl"
+    file.write_text("".join(json.dumps({"question": f"{a}?", "answer": "7"}) + "\n" for a in range(12)))
+    task = load_task("sevens", path=file, split="tuning")
+    rate = 1e-2 if method == "lora" else 0.3
+    options = {**QUICK, "epochs": 40, "learning_rate": rate, "save_steps": 100}
+    adapter = finetune(
+        lm, [record(f"{a}?", "7") for a in range(12)], tmp_path / "a", method=method, task=task, **options
+    )
+    rows = task.rows("tuning", n=4, seed=0)
+    said = lm.generate([lm.render(task.messages(row)) for row in rows], adapter)
+    right = [task.verify(row, one.text).correct for row, one in zip(rows, said, strict=True)]
+    assert lines(adapter.path / "losses.jsonl")[-1]["eval_accuracy"] == sum(right) / 4 == 1.0
+    report = json.loads((adapter.path / "training.json").read_text())
+    assert report["speed"]["flops_per_token"] == flops_per_token(lm.model)

@@ -211,3 +211,19 @@ def test_refusals_ask_each_question_once(lm: LM, tmp_path: Path) -> None:
     finetune(lm, RECORDS + made, tmp_path / "a", **QUICK)
     used = json.loads((tmp_path / "a" / "training.json").read_text())["records"]["used"]
     assert used == len(RECORDS) + 3
+
+
+def test_weights_and_phases_keep_the_order_given(lm: LM, tmp_path: Path) -> None:
+    """Equal weights, and one phase, leave the losses of every step as they are, and so its records."""
+    options = QUICK | {"packing": False, "batch_size": 4, "epochs": 1, "learning_rate": 1e-9, "order": "given"}
+    found = {}
+    for name, data in (
+        ("plain", RECORDS),
+        ("weighted", [{**one, "weight": 2} for one in RECORDS]),
+        ("phased", [{**one, "phase": 1} for one in RECORDS]),
+    ):
+        finetune(lm, data, tmp_path / name, **options)
+        lines = (tmp_path / name / "losses.jsonl").read_text().splitlines()
+        found[name] = [json.loads(line)["loss"] for line in lines]
+    assert found["weighted"] == pytest.approx(found["plain"], rel=1e-5)
+    assert found["phased"] == pytest.approx(found["plain"], rel=1e-5)

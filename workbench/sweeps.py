@@ -115,26 +115,10 @@ def sweep(
     `finetune`. A point that diverges or lacks memory is told in the table and stops no other; one that lacked memory
     is tried again by the next call. Raises ValueError, before any training, for settings that can't be trained with.
     """
-    from workbench.finetuning import _content
-    from workbench.finetuning.grids import RECIPE, check_names, recipe_of, with_points
-    from workbench.finetuning.options import held_out_records
-    from workbench.finetuning.recipe import kept_records
-    from workbench.synthesis.records import claim_folder
+    from workbench.finetuning.grids import RECIPE
 
-    if not 0 < keep <= 1 or not 0 < rung < 1:
-        raise ValueError(f"keep={keep} and rung={rung} are shares: keep above 0 and at most 1, rung between 0 and 1.")
-    records, _ = kept_records(data)
-    scored = None if held_out is None else held_out_records(*kept_records(held_out), records)
-    check_names(grid, settings)
-    points = {
-        name: {"values": values, "recipe": recipe_of(lm, name, settings | values, rung)}
-        for name, values in combinations(grid).items()
-    }
-    home, base = Path(out), {"name": lm.name, "revision": lm.revision}
-    index = with_points(_read(home / INDEX) or {"names": [], "points": {}}, list(grid), points) | {"keep": keep}
-    shared = {"base": base, "records": _content(records), "held_out": scored and _content(scored), "rung": rung}
-    claim_folder(home, shared, "sweep")
-    write_atomic(home / INDEX, json.dumps(index, indent=2))
+    home = Path(out)
+    index = _begin(lm, data, home, grid, held_out, keep, rung, settings)
 
     def go_on(names: Sequence[str], until: float) -> None:
         others = {name: value for name, value in settings.items() if name == "start" or name not in RECIPE}
@@ -151,6 +135,33 @@ def sweep(
     if measure:
         _measure(found, measure)
     return found
+
+
+def _begin(
+    lm: "LM", data: Any, home: Path, grid: Mapping[str, Sequence[Any]], held_out: Any, keep: float, rung: float,
+    settings: Facts,
+) -> Facts:  # fmt: skip
+    """The index of all points, written after everything that could be wrong has been looked at."""
+    from workbench.finetuning.grids import check_names, recipe_of, with_points
+    from workbench.finetuning.options import held_out_records
+    from workbench.finetuning.recipe import kept_records, records_key
+    from workbench.synthesis.records import claim_folder
+
+    if not 0 < keep <= 1 or not 0 < rung < 1:
+        raise ValueError(f"keep={keep} and rung={rung} are shares: keep above 0 and at most 1, rung between 0 and 1.")
+    records, _ = kept_records(data)
+    scored = None if held_out is None else held_out_records(*kept_records(held_out), records)
+    check_names(grid, settings)
+    points = {
+        name: {"values": values, "recipe": recipe_of(lm, name, settings | values, rung)}
+        for name, values in combinations(grid).items()
+    }
+    index = with_points(_read(home / INDEX) or {"names": [], "points": {}}, list(grid), points) | {"keep": keep}
+    shared: Facts = {"base": {"name": lm.name, "revision": lm.revision}, "records": records_key(records)}
+    shared |= {"held_out": scored and records_key(scored), "rung": rung}
+    claim_folder(home, shared, "sweep")
+    write_atomic(home / INDEX, json.dumps(index, indent=2))
+    return index
 
 
 def _train(lm: "LM", data: Any, folder: Path, until: float, **arguments: Any) -> None:
@@ -189,7 +200,7 @@ def _measure(found: Sweep, measure: "Callable[[Adapter], Mapping[str, float]]") 
     for name in _read(found.folder / INDEX)["points"]:
         folder = found.folder / name
         if _finished(folder) and not (folder / "measured.json").exists():
-            numbers = {name: float(value) for name, value in measure(Adapter(folder)).items()}
+            numbers = {what: float(value) for what, value in measure(Adapter(folder)).items()}
             write_atomic(folder / "measured.json", json.dumps(numbers))
 
 

@@ -105,7 +105,8 @@ def trained(study: Study, arm: dict[str, Any], seed: int, folder: Path) -> tuple
         right = [one for one in data.records if one["kept"] or one["reason"].startswith("repeats record")]
         own = load_data(study.out / f"seed-{seed}" / "own").kept
         made = finetune(study.lm, [*own, *[one | {"kept": True} for one in right]], folder, **common)
-        adapter = Adapter(Path(folder)) if not isinstance(made, Adapter) else made
+        assert isinstance(made, Adapter)  # only method="full" leaves a folder
+        adapter = made
     else:
         adapter = prefer(study.lm, preference_pairs(data, per_question=2), folder, start=start, **common)
     before = json.loads((data.folder / "cpu_seconds.json").read_text(encoding="utf-8"))
@@ -117,8 +118,12 @@ def cell(study: Study, name: str, arm: dict[str, Any], seed: int) -> dict[str, A
     """One arm with one seed, read from its file or made: right or wrong and tokens of every question, and the cost."""
     key = content_key(arm=arm, seed=seed, split=study.split, n=study.n)[:12]
     file = study.out / "cells" / f"{key}.json"
+    asked = {"model": study.lm.revision, "task": study.task.name}
     if file.exists():
-        return json.loads(file.read_text(encoding="utf-8"))
+        known = json.loads(file.read_text(encoding="utf-8"))
+        if other := {name: known[name] for name in asked if known.get(name, asked[name]) != asked[name]}:
+            raise ValueError(f"{file} was made with {other}, and {asked} is asked for. Choose another --out folder.")
+        return known
     folder = study.out / f"seed-{seed}" / f"{arm['how']}-{content_key(arm=arm)[:12]}"
     spent = folder / "cost.json"  # an adapter that was trained for another split cost what it cost then
     adapter, cost = trained(study, arm, seed, folder)
@@ -126,7 +131,7 @@ def cell(study: Study, name: str, arm: dict[str, Any], seed: int) -> dict[str, A
         cost = json.loads(spent.read_text(encoding="utf-8"))
     write_atomic(spent, json.dumps(cost))
     rows = evaluate(study.lm, study.task, {name: [adapter]}, n=study.n, seed=seed, split=study.split).rows
-    made = {"arm": name, "settings": arm, "seed": seed, "split": study.split, "n": study.n, **cost}
+    made = {"arm": name, "settings": arm, "seed": seed, "split": study.split, "n": study.n, **asked, **cost}
     made["rows"] = [
         {"id": one, "correct": bool(right), "tokens": int(tokens)}
         for one, right, tokens in zip(rows.id, rows.correct, rows.tokens_out, strict=True)

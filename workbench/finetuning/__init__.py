@@ -10,25 +10,29 @@ into the weights, `preference` and `reward` learn from what is better. Not cover
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files import content_key, sha256, write_atomic
 from workbench.finetuning.base import load_base, process_peak
 from workbench.finetuning.card import write_card
-from workbench.finetuning.folders import ADAPTER_FILES, finished, result_of, save_result
+from workbench.finetuning.folders import ADAPTER_FILES, finished, goes_on, note_begun, result_of, save_result
 from workbench.finetuning.methods import Method, packing_reason, trainable
 from workbench.finetuning.options import Watching, held_out_records
-from workbench.finetuning.recipe import Recipe, kept_records, make_recipe
+from workbench.finetuning.recipe import Recipe, kept_records, make_recipe, records_key
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import Data, Record, claim_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from workbench.finetuning.fastest import Variant
     from workbench.finetuning.memory import Plan
     from workbench.finetuning.packing import Example
+    from workbench.finetuning.trainer import QuietTrainer
     from workbench.finetuning.weighting import Weigh
     from workbench.models import LM
     from workbench.tasks import Task
@@ -41,32 +45,18 @@ def finetune(
     data: Data | str | Path | list[Record],
     out: str | Path,
     *,
-    rank: int = 16,
-    alpha: int | None = None,
-    targets: str | list[str] = "all-linear",
-    epochs: float = 2,
-    learning_rate: float | None = None,
-    batch_tokens: int = 2048,
-    batch_size: int = 16,
-    max_length: int | None = None,
-    quantization: Literal["auto", "nf4", "none"] = "auto",
-    packing: bool = True,
-    dropout: float = 0.0,
-    warmup: float = 0.05,
-    seed: int = 0,
-    save_steps: int = 25,
-    method: Method = "lora",
-    virtual_tokens: int = 20,
-    weights: "Weigh | None" = None,
+    method: Method = "lora", virtual_tokens: int = 20,
+    rank: int = 16, alpha: int | None = None, targets: str | list[str] = "all-linear", dropout: float = 0.0,
     start: Adapter | None = None,
-    order: Literal["shuffled", "given"] = "shuffled",
-    checkpointing: bool | None = None,
-    held_out: Data | str | Path | list[Record] | None = None,
-    task: "Task | None" = None,
+    quantization: Literal["auto", "nf4", "none"] = "auto",
+    epochs: float = 2, learning_rate: float | None = None, warmup: float = 0.05, seed: int = 0,
+    batch_tokens: int = 2048, batch_size: int = 16, packing: bool = True, max_length: int | None = None,
+    weights: "Weigh | None" = None, order: Literal["shuffled", "given"] = "shuffled",
+    held_out: Data | str | Path | list[Record] | None = None, task: "Task | None" = None,
     watch: "Callable[[list[dict[str, float]]], None] | None" = None,
-    memory: int | None = None,
-    until: float = 1.0,
-) -> Adapter | Path:
+    memory: int | None = None, checkpointing: bool | None = None,
+    save_steps: int = 25, until: float = 1.0, fastest: bool = False,
+) -> Adapter | Path:  # fmt: skip
     """Train on the kept records of `data` and write the result to the folder `out`: an adapter, which is returned.
 
     What is trained:
@@ -88,6 +78,8 @@ def finetune(
             settings that fit. `checkpointing` (activations made anew, not kept) follows from it unless given. Where
             memory runs out while training, micro-batches are split and the run goes on.
         until: share of the steps after which to pause, with an adapter as it is then; the same call goes on from there.
+        fastest: on a GPU, first try attention kernels and compilation for a few steps each, and train with the fastest
+            of those with the same losses; kept by GPU, model and settings. Changes nothing on a CPU.
 
     `out` receives the weights, losses.jsonl, speed.jsonl, README.md and, last, training.json: settings, tokens,
     seconds, memory, predictions. Raises `RecordError` for records that can't be trained on and `ValueError` for
@@ -101,23 +93,21 @@ def finetune(
         virtual_tokens=virtual_tokens, order=order, checkpointing=checkpointing,
     )  # fmt: skip
     scored = None if held_out is None else held_out_records(*kept_records(held_out), records)
-    watching = Watching(scored, task, watch, memory, until)
+    watching = Watching(scored, task, watch, memory, until, fastest)
     return _run(lm, records, where, recipe, Path(out), rate_reason, weights, start, watching)
 
 
 def _run(
-    lm: "LM",
-    records: list[Record],
-    where: str,
-    recipe: Recipe,
-    out: Path,
-    rate_reason: str,
-    weights: "Weigh | None",
-    start: Adapter | None,
-    watching: Watching,
-) -> Adapter | Path:
+    lm: "LM", records: list[Record], where: str, recipe: Recipe, out: Path, rate_reason: str, weights: "Weigh | None",
+    start: Adapter | None, watching: Watching,
+) -> Adapter | Path:  # fmt: skip
     base = {"name": lm.name, "revision": lm.revision}
-    settings: dict[str, Any] = {"base": base, "records": _content(records), **recipe.settings(), **watching.settings()}
+    settings: dict[str, Any] = {
+        "base": base,
+        "records": records_key(records),
+        **recipe.settings(),
+        **watching.settings(),
+    }
     weighted = weights is not None or any(name in record for record in records for name in FIELDS)
     if not weighted and finished(out, settings):
         return result_of(out, recipe.method)
@@ -131,13 +121,18 @@ def _run(
         settings |= {"weights": content_key(weights=weights_key(examples))}
         if finished(out, settings):
             return result_of(out, recipe.method)
-    planned, row = fit(lm, recipe, [len(example.input_ids) for example in examples], watching.memory)
+    scored, unscored = _held_out(lm, watching, recipe)
+    wanted, begun = goes_on(out, lm, recipe.quantization)
+    lengths = [len(example.input_ids) for example in examples]
+    planned, row = fit(lm, replace(recipe, quantization=wanted), lengths, watching.memory)
+    planned = replace(planned, reasons=planned.reasons | ({"quantization": begun} if begun else {}))
     claim_folder(out, settings, "finetune")
-    _say(f"learning rate: {rate_reason}", *(f"{name}: {text}" for name, text in planned.reasons.items()))
+    note_begun(out, lm, planned.quantization)
+    _say(f"learning rate: {rate_reason}", *unscored, *(f"{name}: {text}" for name, text in planned.reasons.items()))
     learnt_tokens = sum(label != IGNORED for example in examples for label in example.labels)
     used = {"used": len(examples), "left_out": dropped, "learnt_tokens": learnt_tokens}
     report = {"settings": settings, "base": base, "parameters": asdict(recipe), "records": used}
-    done = _train(lm, examples, recipe, planned, row, out, start, watching)
+    done = _train(lm, examples, scored, recipe, planned, row, out, start, watching)
     if done is None:  # paused
         return Adapter(out)
     report |= done
@@ -148,9 +143,20 @@ def _run(
     return result_of(out, recipe.method)
 
 
+def _held_out(lm: "LM", watching: Watching, recipe: Recipe) -> "tuple[list[Example], list[str]]":
+    """Examples to score on, and what to say of those that are left out."""
+    from workbench.finetuning.packing import encode_all
+
+    if not watching.held_out:
+        return [], []
+    examples, dropped = encode_all(lm, watching.held_out, "held_out", recipe.max_length)
+    return examples, [f"held_out: {count} records left out, {reason}" for reason, count in dropped.items()]
+
+
 def _train(
     lm: "LM",
     examples: "list[Example]",
+    scored: "list[Example]",
     recipe: Recipe,
     planned: "Plan",
     row: int,
@@ -163,18 +169,11 @@ def _train(
     from workbench.finetuning.memory import growth
     from workbench.finetuning.preparing import set_up
 
+    build = partial(_built, lm, examples, recipe, planned, row, start)
+    variant, chosen = _variant(lm, recipe, planned, row, build) if watching.fastest else (None, {})
     with training.own_random_state(lm.device), training.quiet_libraries(), growth(lm.device, planned.tight) as grown:
-        model = load_base(lm, planned)
-        packed, packing = _packing(model, examples, recipe)
-        model, adapter = trainable(model, recipe, start)
-        trainer = training.make_trainer(
-            model, lm.tokenizer, examples, adapter, checkpoints=out / "checkpoints",
-            packed_length=row if packed else None, batch_size=recipe.batch_size,
-            accumulation=max(1, recipe.batch_tokens // row) if packed else 1, epochs=recipe.epochs,
-            learning_rate=recipe.learning_rate, warmup=recipe.warmup, checkpointing=planned.checkpointing,
-            save_steps=recipe.save_steps, seed=recipe.seed, shuffle=recipe.order == "shuffled",
-        )  # fmt: skip
-        estimate = set_up(lm, trainer, planned, recipe, row, out, watching)
+        trainer, packing = build(out / "checkpoints", variant)
+        estimate = set_up(lm, trainer, planned, recipe, row, out, scored, watching)
         _say(f"packing: {packing}", estimate["text"])
         ended, resumed = training.train(trainer, out / "checkpoints")
         measured = grown()
@@ -186,13 +185,62 @@ def _train(
     speed = trainer.watch.speed.summary() if trainer.watch.speed else {}
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return {
-        "reasons": {**lm.reasons, **planned.reasons, "packing": packing}, "estimate": estimate,
+        "reasons": {**lm.reasons, **planned.reasons, "packing": packing, **chosen}, "estimate": estimate,
         "measured": {"bytes": measured, "seconds": speed["seconds"] + speed["aside"]},
         "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": speed["seconds"], "speed": speed,
-        "resumed_from_step": resumed, "peak_memory": process_peak(), "out_of_memory": trainer.shortages,
+        "resumed_from_step": resumed, "peak_memory": process_peak(lm.device), "out_of_memory": trainer.shortages,
         "adapter_parameters": planned.adapter_parameters, "quantization": planned.quantization or "none",
         "loss": {"first": losses[0], "last": losses[-1]}, "files": files,
     }  # fmt: skip
+
+
+def _built(
+    lm: "LM",
+    examples: "list[Example]",
+    recipe: Recipe,
+    planned: "Plan",
+    row: int,
+    start: Adapter | None,
+    checkpoints: Path,
+    variant: "Variant | None",
+) -> "tuple[QuietTrainer, str]":
+    """A trainer over the base, loaded again, and why its records are packed or not."""
+    from workbench.finetuning import trainer as training
+    from workbench.finetuning.fastest import prepare
+
+    model = load_base(lm, planned)
+    if variant:
+        prepare(model, variant)
+    packed, packing = _packing(model, examples, recipe)
+    model, adapter = trainable(model, recipe, start)
+    made = training.make_trainer(
+        model, lm.tokenizer, examples, adapter, checkpoints=checkpoints,
+        packed_length=row if packed else None, batch_size=recipe.batch_size,
+        accumulation=max(1, recipe.batch_tokens // row) if packed else 1, epochs=recipe.epochs,
+        learning_rate=recipe.learning_rate, warmup=recipe.warmup, checkpointing=planned.checkpointing,
+        save_steps=recipe.save_steps, seed=recipe.seed, shuffle=recipe.order == "shuffled",
+    )  # fmt: skip
+    return made, packing
+
+
+def _variant(
+    lm: "LM", recipe: Recipe, planned: "Plan", row: int, build: "Callable[..., tuple[QuietTrainer, str]]"
+) -> "tuple[Variant | None, dict[str, str]]":
+    """The fastest way to train that computes the same, and the reason; tried in a folder of its own."""
+    from workbench.finetuning.fastest import choose
+
+    how = ("method", "rank", "alpha", "targets", "dropout", "packing", "batch_size", "batch_tokens", "virtual_tokens")
+    settings = {name: getattr(recipe, name) for name in how} | {"row": row, "quantization": planned.quantization}
+    with TemporaryDirectory() as folder:
+
+        def short(variant: "Variant") -> "QuietTrainer":
+            trainer = build(Path(folder) / "checkpoints", variant)[0]
+            trainer.watch.stage = f"finetune, trying {variant.name}"
+            return trainer
+
+        variant, reason = choose(lm, short, planned.checkpointing, settings)
+    _say(f"variant: {reason}")
+    return variant, {"variant": reason}
 
 
 def _packing(model: "PreTrainedModel", examples: "list[Example]", recipe: Recipe) -> tuple[bool, str]:
@@ -215,13 +263,6 @@ def _pause(out: Path, checkpoint: Path | None, steps: int) -> None:
     for name in ADAPTER_FILES:
         write_atomic(out / name, (checkpoint / name).read_bytes())
     _say(f"paused after step {checkpoint.name.split('-')[1]} of {steps}; the same call without until= goes on")
-
-
-def _content(records: list[Record]) -> str:
-    """A key of what is learnt: the messages and, where there are any, what is given of the answers and the phases."""
-    more = {name: [record.get(name) for record in records] for name in ("given", "phase")}
-    used = {name: values for name, values in more.items() if any(values)}
-    return content_key(messages=[record["messages"] for record in records], **used)
 
 
 def _say(*lines: str) -> None:

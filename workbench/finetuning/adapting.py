@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.files import sha256, write_atomic
 from workbench.finetuning.base import load_base, process_peak
-from workbench.finetuning.folders import ADAPTER_FILES, finished
-from workbench.finetuning.recipe import rate_for
+from workbench.finetuning.folders import ADAPTER_FILES, finished, goes_on, note_begun
+from workbench.finetuning.methods import start_settings
+from workbench.finetuning.recipe import check_least, rate_for
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import claim_folder
 
@@ -44,17 +45,47 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Begin:
+    """Where training begins and ends, and how fast it goes, with the reason."""
+
+    lm: "LM"
+    out: Path
+    start: Adapter | None
+    shape: Shape
+    quantization: str
+    learning_rate: float
+    rate_reason: str
+
+    @property
+    def reference(self) -> str:
+        """What the trained adapter is held against, in words."""
+        return "the base" if self.start is None else f"the adapter {self.start.path}, frozen"
+
+
+@dataclass(frozen=True)
 class Job:
-    """One training run: `recipe` is all that its result depends on besides base, data and shape."""
+    """What is learnt: `data` is its key, `recipe` all else that the result depends on besides base and shape.
+
+    tokens: run at once. names: TRL's metric -> the column of losses.jsonl. told: lines to print and to keep as reasons.
+    about: counts of the data, for training.json.
+    """
 
     name: str
-    shape: Shape
-    start: Adapter | None
     data: str
     recipe: Any
-    quantization: str
     tokens: int
     names: dict[str, str]
+    told: dict[str, str]
+    about: dict[str, Any]
+
+
+def settle(
+    lm: "LM", out: str | Path, start: Adapter | None, *, rank: int | None, alpha: float | None,
+    targets: str | list[str] | None, quantization: str, learning_rate: float | None,
+) -> Begin:  # fmt: skip
+    """What is asked for with the defaults filled in: shape as `shape_of`, rate as `gentle_rate` say."""
+    shape = shape_of(start, rank, alpha, targets, lm)
+    return Begin(lm, Path(out), start, shape, quantization, *gentle_rate(lm, learning_rate))
 
 
 def shape_of(
@@ -62,13 +93,14 @@ def shape_of(
 ) -> Shape:
     """Rank, alpha and targets: as asked for, or those of the adapter to start from.
 
-    Raises ValueError when both are given, and for a start that is scaled or no plain LoRA adapter.
+    Raises ValueError when both are given, and for a start that is scaled or of virtual tokens.
     """
     if start is None:
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank={rank} is too small: give 1 or more.")
-        size = rank or 16
-        return Shape(size, 2 * size if alpha is None else alpha, targets or "all-linear", None)
+        size = 16 if rank is None else rank
+        shape = Shape(size, 2 * size if alpha is None else alpha, targets or "all-linear", None)
+        check_least(shape, rank=1)
+        check_above(shape, "alpha")
+        return shape
     given = {"rank": rank, "alpha": alpha, "targets": targets}
     wrong = ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
     if wrong:
@@ -76,16 +108,13 @@ def shape_of(
             f"{wrong} was given together with start={str(start.path)!r}, which brings its own. Leave it out, or start "
             "from the base (start=None)."
         )
-    if start.strength != 1.0:
+    if start.virtual:
         raise ValueError(
-            f"start has strength {start.strength}; training goes on from the adapter as it was saved. Pass "
-            f"Adapter({str(start.path)!r})."
+            f"start={str(start.path)!r} puts {start.virtual} virtual tokens before the text; preferences and rewards "
+            "train LoRA adapters. Start from one of those (finetune with method='lora'), or from the base."
         )
-    start.check(lm)
-    config = json.loads((start.path / "adapter_config.json").read_text(encoding="utf-8"))
-    modules = config["target_modules"]
-    targets = modules if isinstance(modules, str) else sorted(modules)
-    return Shape(config["r"], config["lora_alpha"], targets, sha256(start.path / ADAPTER_FILES[0]))
+    config = start_settings(lm, start)
+    return Shape(config["r"], config["lora_alpha"], config["target_modules"], sha256(start.path / ADAPTER_FILES[0]))
 
 
 def gentle_rate(lm: "LM", given: float | None) -> tuple[float, str]:
@@ -96,27 +125,35 @@ def gentle_rate(lm: "LM", given: float | None) -> tuple[float, str]:
     return rate / 10, f"{rate / 10:g}: a tenth of supervised training's ({reason})"
 
 
-def train_adapter(lm: "LM", job: Job, out: Path, make: "Make", told: dict[str, str], about: dict[str, Any]) -> Adapter:
-    """Train what `make` returns and write adapter, losses.jsonl and, last, training.json; or return the finished one.
+def check_above(values: Any, *names: str) -> None:
+    """Raise ValueError for a number of `values` that is not above 0."""
+    for name in names:
+        if not getattr(values, name) > 0:
+            raise ValueError(f"{name}={getattr(values, name)} must be above 0.")
 
-    told: lines to print and to keep as reasons. about: counts of the data, for training.json.
-    """
+
+def train_adapter(begin: Begin, job: Job, make: "Make") -> Adapter:
+    """Train what `make` returns; write adapter, losses.jsonl and, last, training.json. Or return the finished one."""
+    lm, out, shape = begin.lm, begin.out, begin.shape
     settings = {"base": {"name": lm.name, "revision": lm.revision}, "made_by": job.name, "data": job.data}
-    settings |= asdict(job.shape) | asdict(job.recipe)
+    settings |= asdict(shape) | asdict(job.recipe)
     settings.pop("save_steps")  # how often the run is saved does not change where it ends
-    settings = json.loads(json.dumps(settings | {"quantization": job.quantization}))
+    settings = json.loads(json.dumps(settings | {"quantization": begin.quantization}))
     if finished(out, settings):
         return Adapter(out)
 
     from workbench.finetuning.memory import plan
 
-    planned = plan(lm.model, job.shape.rank, job.shape.targets, job.tokens, job.quantization)
+    wanted, begun = goes_on(out, lm, begin.quantization)
+    planned = plan(lm.model, shape.rank, shape.targets, job.tokens, wanted)
     claim_folder(out, settings, job.name)
-    reasons = told | planned.reasons
+    note_begun(out, lm, planned.quantization)
+    reasons = {"learning rate": begin.rate_reason, **job.told, **planned.reasons}
+    reasons |= {"quantization": begun} if begun else {}
     for name, text in reasons.items():
         print(f"{job.name}: {name}: {text}")
-    report = {"settings": settings, "base": settings["base"], "parameters": asdict(job.recipe), "data": about}
-    report |= _train(lm, job, planned, out, make)
+    report = {"settings": settings, "base": settings["base"], "parameters": asdict(job.recipe), "data": job.about}
+    report |= _train(begin, job, planned, make)
     report["reasons"] = lm.reasons | reasons
     report["files"] = {name: sha256(out / name) for name in (*ADAPTER_FILES, "losses.jsonl")}
     write_atomic(out / "training.json", json.dumps(report, indent=2))
@@ -124,14 +161,15 @@ def train_adapter(lm: "LM", job: Job, out: Path, make: "Make", told: dict[str, s
     return Adapter(out)
 
 
-def _train(lm: "LM", job: Job, planned: "Plan", out: Path, make: "Make") -> dict[str, Any]:
+def _train(begin: Begin, job: Job, planned: "Plan", make: "Make") -> dict[str, Any]:
     from transformers import PrinterCallback
 
     from workbench.finetuning import alignment
     from workbench.finetuning import trainer as training
 
+    lm, out = begin.lm, begin.out
     with training.own_random_state(lm.device), training.quiet_libraries():
-        model, lora = _policy(lm, job, planned)
+        model, lora = _policy(begin, planned)
         exact = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         # a copy of the tokenizer, because TRL sets its padding token
         trainer = make(model, copy.deepcopy(lm.tokenizer), lora, out / "checkpoints", planned.checkpointing)
@@ -139,29 +177,29 @@ def _train(lm: "LM", job: Job, planned: "Plan", out: Path, make: "Make") -> dict
             if parameter.requires_grad:  # TRL rounds adapters of 4-bit models to bfloat16, the start's values too
                 parameter.data = exact[name] if name in exact else parameter.data.float()
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(alignment.Curve(trainer, out / "losses.jsonl", job.names))
-        begin = time.perf_counter()
+        trainer.add_callback(alignment.Curve(trainer, out / "losses.jsonl", job.name, job.names))
+        clock = time.perf_counter()
         resumed = training.last_checkpoint(out / "checkpoints")
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - clock
     _save(trainer, out)
     curve = alignment.write_points(out / "losses.jsonl", trainer.state, job.names)
     return {
         "steps": trainer.state.global_step, "tokens": curve[-1]["tokens"], "seconds": seconds,
-        "resumed_from_step": int(resumed.name.split("-")[1]) if resumed else 0, "peak_memory": process_peak(),
+        "resumed_from_step": int(resumed.name.split("-")[1]) if resumed else 0, "peak_memory": process_peak(lm.device),
         "adapter_parameters": planned.adapter_parameters, "quantization": planned.quantization or "none",
         "first": curve[0], "last": curve[-1],
     }  # fmt: skip
 
 
-def _policy(lm: "LM", job: Job, planned: "Plan") -> tuple[Any, Any]:
+def _policy(begin: Begin, planned: "Plan") -> tuple[Any, Any]:
     """The base, with the adapter to start from or with the settings of a new one."""
     from peft import LoraConfig, PeftModel
 
-    model: Any = load_base(lm, planned)
-    if job.start is not None:
-        return PeftModel.from_pretrained(model, str(job.start.path), is_trainable=True), None
-    shape = job.shape
+    model: Any = load_base(begin.lm, planned)
+    if begin.start is not None:
+        return PeftModel.from_pretrained(model, str(begin.start.path), is_trainable=True), None
+    shape = begin.shape
     return model, LoraConfig(
         r=shape.rank, lora_alpha=shape.alpha, bias="none", task_type="CAUSAL_LM", target_modules=shape.targets
     )

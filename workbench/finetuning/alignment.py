@@ -52,8 +52,8 @@ class QuietGRPO(Quiet, GRPOTrainer):
 class Curve(Watch):
     """`Watch` with a curve of its own names: `names` maps TRL's metric to the column of losses.jsonl."""
 
-    def __init__(self, trainer: Any, curve: Path, names: dict[str, str]) -> None:
-        super().__init__(trainer, curve)
+    def __init__(self, trainer: Any, curve: Path, stage: str, names: dict[str, str]) -> None:
+        super().__init__(trainer, curve, stage)
         self.names = names
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

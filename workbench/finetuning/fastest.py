@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -203,6 +204,29 @@ def fastest(
     gain = winner.tokens_per_second / found[0].tokens_per_second
     wrong = sum(one.verdict.startswith("wrong") for one in found)
     return winner.name, f"{winner.name}: {gain:.2f} times the reference; {len(found)} measured, {wrong} of them wrong"
+
+
+def candidates(lm: LM, checkpointing: bool) -> list[Variant]:
+    """What `finetune(fastest=True)` compares: none on a CPU; on a GPU the model's own kernel first, then others.
+
+    Checkpointing stays as planned by memory, and the loss TRL's, which counts tokens and knows weights.
+    """
+    if lm.device.type != "cuda":
+        return []
+    own = lm.model.config._attn_implementation
+    kernels = dict.fromkeys((own, "sdpa", "flash_attention_2", "flex_attention"))
+    return [Variant(checkpointing, compiled, attention=kernel) for compiled in (False, True) for kernel in kernels]
+
+
+def choose(
+    lm: LM, build: Callable[[Variant], Any], checkpointing: bool, settings: Mapping[str, Any], steps: int = 8
+) -> tuple[Variant | None, str]:
+    """The fastest of the `candidates` by the trainers that `build` makes, and why; None where there are none."""
+    named = {variant.name: variant for variant in candidates(lm, checkpointing)}
+    if not named:
+        return None, f"as it is: fastest=True chooses kernels for GPUs, and the model is on {lm.device.type}"
+    name, reason = fastest(lm, {name: partial(build, named[name]) for name in named}, settings, steps=steps)
+    return named[name], reason
 
 
 def cache_folder() -> Path:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from workbench.finetuning.memory import LIMIT, Activations, Plan, count_activations, free_memory, linear_layers, plan
-from workbench.finetuning.methods import fit_plan
+from workbench.finetuning.methods import checkpoints, fit_plan, packing_reason
 from workbench.finetuning.options import ShortOfMemory
 
 if TYPE_CHECKING:
@@ -20,12 +20,17 @@ CPU_ROW = 512  # measured, 4M parameters: 2048 tokens take 2.0 s as one row, 0.9
 
 def shape(recipe: "Recipe", lengths: Sequence[int], on_gpu: bool) -> tuple[int, int]:
     """Tokens that are run at once, and those of a row, for records of these lengths (tokens)."""
-    longest = max(lengths)
-    if not recipe.packing:
+    longest = max(lengths) + (recipe.virtual_tokens if recipe.method == "prompt" else 0)
+    if not packs(recipe):
         return min(recipe.batch_size, len(lengths)) * longest, longest
     # without flash attention a row costs time by the square of its length, so a CPU packs several short rows a step
     row = max(longest, recipe.batch_tokens if on_gpu else min(recipe.batch_tokens, CPU_ROW))
     return row, row
+
+
+def packs(recipe: "Recipe") -> bool:
+    """Whether records will be packed, as far as that is known before the base is loaded."""
+    return recipe.packing and packing_reason(recipe.method) is None
 
 
 def fit(lm: "LM", recipe: "Recipe", lengths: Sequence[int], free: int | None = None) -> tuple[Plan, int]:
@@ -47,7 +52,7 @@ def _plan(lm: "LM", recipe: "Recipe", lengths: Sequence[int], free: int, kept: A
     tokens, row = shape(recipe, short, lm.device.type == "cuda")
     planned = plan(
         lm.model, recipe.rank, recipe.targets, tokens, recipe.quantization, row=row,
-        checkpointing=recipe.checkpointing, free=free, activations=kept,
+        checkpointing=recipe.checkpointing if checkpoints(recipe.method) else False, free=free, activations=kept,
     )  # fmt: skip
     return fit_plan(planned, lm.model, recipe)
 
@@ -110,10 +115,10 @@ def _milder(recipe: "Recipe", lengths: Sequence[int], on_gpu: bool) -> dict[str,
     cut = [
         ordered[int(share * len(ordered)) - 1] for share in (0.95, 0.9, 0.75, 0.5, 0.25) if share * len(ordered) >= 1
     ]
-    first = {"batch_tokens": tokens if longest < now else []} if recipe.packing else {"batch_size": rows}
+    first = {"batch_tokens": tokens if longest < now else []} if packs(recipe) else {"batch_size": rows}
     return first | {
         "max_length": sorted({length for length in cut if length < longest}, reverse=True),
         "rank": [recipe.rank >> power for power in range(1, 8) if recipe.rank >> power],
         "quantization": ["nf4"] if recipe.quantization == "none" else [],
-        "checkpointing": [True] if recipe.checkpointing is False else [],
+        "checkpointing": [True] if recipe.checkpointing is False and checkpoints(recipe.method) else [],
     }

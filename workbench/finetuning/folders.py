@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from workbench.files import sha256
+from workbench.files import sha256, write_atomic
 from workbench.interventions.adapter import Adapter
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from workbench.finetuning.trainer import QuietTrainer
     from workbench.models import LM
 
+BEGUN = "begun.json"  # beside the checkpoints: how the base was loaded for them
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 
@@ -26,6 +27,33 @@ def finished(out: Path, settings: dict[str, Any]) -> bool:
     report = json.loads(file.read_text(encoding="utf-8"))
     whole = all((out / name).exists() and sha256(out / name) == digest for name, digest in report["files"].items())
     return whole and report["settings"] == json.loads(json.dumps(settings))
+
+
+def goes_on(out: Path, lm: "LM", asked: str) -> tuple[str, str]:
+    """The quantisation to train with, and why where "auto" has been settled: a begun run keeps what it began with.
+
+    Raises ValueError where checkpoints in the folder were made in another dtype or on another kind of device.
+    """
+    file = out / "checkpoints" / BEGUN
+    if not file.exists():
+        return asked, ""
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    for name, now in (("dtype", str(lm.model.dtype)), ("device", lm.device.type)):
+        if begun[name] != now:
+            raise ValueError(
+                f"The run in {out} was begun with {name} {begun[name]}, and the model now has {now}. Load it with "
+                f"load_model({lm.name!r}, {name}={begun[name].removeprefix('torch.')!r}) to go on, or choose another "
+                "out= folder."
+            )
+    if asked != "auto":
+        return asked, ""
+    return begun["quantization"], f"{begun['quantization']}: what this run was begun with"
+
+
+def note_begun(out: Path, lm: "LM", quantization: str | None) -> None:
+    """Keep beside the checkpoints what was settled by the memory that was free, for `goes_on`."""
+    begun = {"quantization": quantization or "none", "dtype": str(lm.model.dtype), "device": lm.device.type}
+    write_atomic(out / "checkpoints" / BEGUN, json.dumps(begun))
 
 
 def result_of(out: Path, method: str) -> Adapter | Path:

@@ -104,16 +104,10 @@ def plan(
     """
     chosen, layers = linear_layers(model, targets)
     adapter = rank * sum(sum(widths(m)) for m in chosen)
-    number = model.dtype.itemsize if model.dtype.is_floating_point else 2
-    total = sum(_numbers(module) for module in model.modules())
-    total -= _tied(model)
-    linear = sum(widths(m)[0] * widths(m)[1] for m in layers)
     kept = activations or count_activations(model, chosen)
     kept = replace(kept, a_token=kept.a_token + 4 * rank * len(chosen))
     free = free_memory(model.device) if free is None else free
-    weights = {None: total * number, "nf4": int(linear * NF4_BYTES) + (total - linear) * number}
-    # a 4-bit layer is unpacked for each product
-    largest = {None: 0, "nf4": max(widths(m)[0] * widths(m)[1] for m in layers) * number}
+    weights, largest = _weight_bytes(model, layers)
     head = _head_bytes(model, tokens)
     block = BLOCK_TILES * 4 * tokens * max(max(widths(m)) for m in layers)
     row = row or tokens
@@ -133,6 +127,17 @@ def plan(
     why = "asked for" if asked else f"activations need about {_gb(found['activations'])}"
     reasons = {"quantization": reason, "checkpointing": f"{'on' if on else 'off'}: {why}"}
     return Plan(quantization, on, sum(found.values()), free, adapter, reasons, found)
+
+
+def _weight_bytes(
+    model: PreTrainedModel, layers: list[nn.Module]
+) -> tuple[dict[str | None, int], dict[str | None, int]]:
+    """Bytes of all weights by quantisation, and of the layer that is unpacked for its product: a 4-bit one."""
+    number = model.dtype.itemsize if model.dtype.is_floating_point else 2
+    total = sum(_numbers(module) for module in model.modules()) - _tied(model)
+    sizes = [widths(layer)[0] * widths(layer)[1] for layer in layers]
+    four_bit = int(sum(sizes) * NF4_BYTES) + (total - sum(sizes)) * number
+    return {None: total * number, "nf4": four_bit}, {None: 0, "nf4": max(sizes) * number}
 
 
 def count_activations(model: PreTrainedModel, adapted: list[nn.Module]) -> Activations:

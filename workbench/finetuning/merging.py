@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workbench.files import sha256, write_atomic
+from workbench.finetuning.base import load_again
 from workbench.finetuning.card import write_merged_card
 from workbench.finetuning.folders import move_files, save_model
 from workbench.models import LM, load_model
@@ -82,7 +83,7 @@ def _trained_over(lm: LM, adapter: "Adapter") -> LM:
             f"Load it with load_model({lm.name!r})."
         )
     if report.get("quantization") == "nf4" and not four_bit:
-        return load_model(lm.name, dtype=lm.model.dtype, quantization="nf4", device=lm.device)
+        return load_again(lm, quantization="nf4")
     return lm
 
 
@@ -93,7 +94,7 @@ def _merged(base: LM, adapter: "Adapter") -> Any:
 
     from workbench.interventions.adapter import quiet_peft
 
-    plain = load_model(base.name, dtype="float32", quantization=None, device=base.device).model
+    plain = load_again(base, quantization=None, dtype="float32").model
     _take_values(plain, base.model)
     with quiet_peft():
         wrapped = PeftModel.from_pretrained(plain, str(adapter.path))

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from workbench.files import sha256
-from workbench.interventions.virtual import check_plain_cache
+from workbench.interventions.virtual import cache_shape, check_plain_cache
 
 if TYPE_CHECKING:
     from workbench.finetuning.memory import Plan
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 Method = Literal["lora", "qlora", "rslora", "dora", "prompt", "prefix", "full"]
 LOW_RANK = ("lora", "rslora", "dora")
 VIRTUAL = ("prompt", "prefix")
-BYTES = 16  # a trained number: float32 value, gradient and two Adam moments
 # Times LoRA's rate: the best of those tried with the lab model on tuning questions (docs/log.md). The papers have 0.3
 # with Adafactor for prompts and 5e-5 for prefixes. rsLoRA scales its update by the root of the rank more than LoRA.
 RATES = {"full": 0.1, "prompt": 25.0, "prefix": 100.0, "rslora": 0.3}
@@ -89,7 +88,7 @@ def peft_config(model: Any, recipe: "Recipe") -> Any:
         )
     if recipe.method == "prefix":
         config = model.config.get_text_config()
-        heads, width = _cache_shape(config)
+        heads, width = cache_shape(config)
         return PrefixTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=recipe.virtual_tokens, num_layers=config.num_hidden_layers,
             num_attention_heads=heads, token_dim=heads * width, encoder_hidden_size=config.hidden_size,
@@ -104,26 +103,29 @@ def peft_config(model: Any, recipe: "Recipe") -> Any:
 
 def fit_plan(planned: "Plan", model: Any, recipe: "Recipe") -> "Plan":
     """The plan of a LoRA adapter, with the numbers that this method trains in its place."""
+    from workbench.finetuning.memory import ADAPTER_BYTES, linear_layers, widths
+
     config = model.config.get_text_config()
-    if recipe.method in ("lora", "rslora"):
-        return planned
     trained = planned.adapter_parameters
-    if recipe.method == "dora":
-        trained = planned.adapter_parameters + _outputs(model, recipe.targets)
+    if recipe.method == "dora":  # learns a length for each output
+        trained += sum(widths(layer)[1] for layer in linear_layers(model, recipe.targets)[0])
     elif recipe.method == "prompt":
         trained = recipe.virtual_tokens * int(model.get_input_embeddings().weight.shape[1])
     elif recipe.method == "prefix":
-        heads, width = _cache_shape(config)
+        heads, width = cache_shape(config)
         trained = recipe.virtual_tokens * 2 * int(config.num_hidden_layers) * heads * width
     elif recipe.method == "full":
         trained = model.num_parameters()
-    need = planned.bytes_needed + BYTES * (trained - planned.adapter_parameters)
-    planned = replace(planned, adapter_parameters=trained, bytes_needed=need)
-    if recipe.method != "prefix":
-        return planned
-    # a checkpointed layer runs again in the backward pass, and would find the cache already filled
-    reasons = {**planned.reasons, "checkpointing": "off: method='prefix' keeps a cache, which it would fill twice"}
-    return replace(planned, checkpointing=False, reasons=reasons)
+    parts = {**planned.parts, "adapter": ADAPTER_BYTES * trained}
+    reasons = dict(planned.reasons)
+    if not checkpoints(recipe.method):
+        reasons["checkpointing"] = "off: method='prefix' keeps a cache, which it would fill twice"
+    return replace(planned, adapter_parameters=trained, parts=parts, bytes_needed=sum(parts.values()), reasons=reasons)
+
+
+def checkpoints(method: str) -> bool:
+    """Whether activations can be made anew: with prefix tuning a layer's second run would find its cache filled."""
+    return method != "prefix"
 
 
 def packing_reason(method: str) -> str | None:
@@ -147,19 +149,34 @@ def trainable(model: Any, recipe: "Recipe", start: "Adapter | None") -> tuple[An
         wrapped.prompt_encoder["default"].embedding.weight.data.copy_(learnt)
         return wrapped, None
     if start is not None:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        return PeftModel.from_pretrained(model, str(start.path), is_trainable=True), None
+        config: Any = PeftConfig.from_pretrained(str(start.path))
+        config.lora_dropout = recipe.dropout  # what is asked for now, not what the start was trained with
+        return PeftModel.from_pretrained(model, str(start.path), is_trainable=True, config=config), None
     if recipe.method == "full":
         model.requires_grad_(True)
         return model, None
     return model, peft_config(model, recipe)
 
 
+def start_settings(lm: "LM", start: "Adapter") -> dict[str, Any]:
+    """PEFT's settings of an adapter to go on from; raises ValueError for one that is scaled or of another model."""
+    start.check(lm)
+    if start.strength != 1:
+        raise ValueError(
+            f"start has strength {start.strength:g}; training goes on from the adapter as it was saved. Pass "
+            f"Adapter({str(start.path)!r})."
+        )
+    config: dict[str, Any] = json.loads((start.path / "adapter_config.json").read_text(encoding="utf-8"))
+    if isinstance(config.get("target_modules"), list):  # PEFT writes the names that "all-linear" stood for in any order
+        config["target_modules"].sort()
+    return config
+
+
 def goes_on_from(lm: "LM", recipe: "Recipe", start: "Adapter") -> "Recipe":
     """The recipe with the shape of the adapter that it goes on from; refuses one of another method."""
-    start.check(lm)
-    config = json.loads((start.path / "adapter_config.json").read_text(encoding="utf-8"))
+    config = start_settings(lm, start)
     low_rank = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else "lora"
     method = {"PROMPT_TUNING": "prompt", "PREFIX_TUNING": "prefix"}.get(config["peft_type"], low_rank)
     if method != recipe.method:
@@ -167,29 +184,8 @@ def goes_on_from(lm: "LM", recipe: "Recipe", start: "Adapter") -> "Recipe":
             f"start={str(start.path)!r} was trained with method={method!r}, but method={recipe.method!r} is asked for. "
             f"Give method={method!r} to go on with it, or leave start out."
         )
-    if start.strength != 1:
-        raise ValueError(f"start has the strength {start.strength}: training goes on from an adapter at strength 1.")
     weights = sha256(start.path / "adapter_model.safetensors")
     if method in VIRTUAL:
         return replace(recipe, start=weights, virtual_tokens=int(config["num_virtual_tokens"]))
-    targets = sorted(config["target_modules"])  # PEFT writes the names that "all-linear" stood for, in any order
-    return replace(recipe, start=weights, rank=config["r"], alpha=config["lora_alpha"], targets=targets)
-
-
-def _cache_shape(config: Any) -> tuple[int, int]:
-    """Key-value heads of a layer and the width of one."""
-    heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(heads or config.num_attention_heads), int(width)
-
-
-def _outputs(model: Any, targets: str | list[str]) -> int:
-    """Output widths of the adapted layers: DoRA learns a length for each."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    chosen = [
-        m for name, m in layers if "lm_head" not in name and (targets == "all-linear" or name.split(".")[-1] in targets)
-    ]
-    return sum(int(m.nf if isinstance(m, Conv1D) else m.out_features) for m in chosen)
+    shape = {"rank": config["r"], "alpha": config["lora_alpha"], "targets": config["target_modules"]}
+    return replace(recipe, start=weights, **shape)

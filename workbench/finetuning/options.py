@@ -24,13 +24,14 @@ class ShortOfMemory(RecordError):
 
 @dataclass(frozen=True)
 class Watching:
-    """`memory` in bytes; `until` the share of the steps after which to pause."""
+    """`memory` in bytes; `until` the share of the steps after which to pause; `fastest`: see `fastest.choose`."""
 
     held_out: list[Record] | None = None
     task: "Task | None" = None
     show: Show | None = None
     memory: int | None = None
     until: float = 1.0
+    fastest: bool = False
 
     def settings(self) -> dict[str, str]:
         """What losses.jsonl depends on besides the recipe."""

@@ -1,4 +1,4 @@
-"""A trainer that takes its rows in the order of their phases; within a phase they are shuffled and packed as ever.
+"""A trainer that takes its rows in the order of their phases; within a phase they are shuffled and packed as asked.
 
 Records of two phases never share a packed row, and the schedule of the learning rate runs once over all of them.
 Import it late.
@@ -21,7 +21,9 @@ class PhasedTrainer(WeightedTrainer):
         rows = dataset.remove_columns("phase")
         parts = []
         for phase in phases:
-            part = rows.select(places[phase]).shuffle(seed=args.seed + phase)  # no two epochs in the same order
+            part = rows.select(places[phase])
+            if args.shuffle_dataset:
+                part = part.shuffle(seed=args.seed + phase)  # no two epochs in the same order
             parts.append(super()._prepare_dataset(part, processing_class, args, *others))
         return datasets.concatenate_datasets(parts)
 

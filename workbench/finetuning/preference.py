@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files import content_key
-from workbench.finetuning.adapting import Job, Shape, gentle_rate, shape_of, train_adapter
+from workbench.finetuning.adapting import Begin, Job, check_above, settle, train_adapter
 from workbench.finetuning.pairs import Pair, Preferences, encode_pairs, single_answers
+from workbench.finetuning.recipe import check_least, length_limit
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import RecordError
 
@@ -72,20 +73,15 @@ def prefer(
     method: Method = "dpo",
     *,
     start: Adapter | None = None,
+    rank: int | None = None, alpha: float | None = None, targets: str | list[str] | None = None,
     beta: float | None = None,
-    epochs: float = 1,
-    learning_rate: float | None = None,
-    batch_size: int = 16,
-    accumulation: int = 1,
-    rank: int | None = None,
-    alpha: float | None = None,
-    targets: str | list[str] | None = None,
+    epochs: float = 1, learning_rate: float | None = None, warmup: float = 0.05,
+    batch_size: int = 16, accumulation: int = 1,
     max_length: int | None = None,
     quantization: Literal["auto", "nf4", "none"] = "auto",
-    warmup: float = 0.05,
     seed: int = 0,
     save_steps: int = 25,
-) -> Adapter:
+) -> Adapter:  # fmt: skip
     """Train a LoRA adapter on pairs and write it to the folder `out`, as `finetune` does; returns the adapter.
 
     Args:
@@ -102,41 +98,29 @@ def prefer(
 
     Raises RecordError for pairs that can't be encoded and ValueError for contradictory settings.
     """
-    rate, reason = gentle_rate(lm, learning_rate)
-    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or 2048
+    begin = settle(
+        lm, out, start, rank=rank, alpha=alpha, targets=targets, quantization=quantization, learning_rate=learning_rate
+    )
     recipe = PreferenceRecipe(
-        method, BETA.get(method, 0.0) if beta is None else beta, epochs, rate, batch_size, accumulation,
-        min(max_length or context, context), warmup, seed, save_steps,
+        method, BETA.get(method, 0.0) if beta is None else beta, epochs, begin.learning_rate, batch_size, accumulation,
+        length_limit(lm, max_length, 2048), warmup, seed, save_steps,
     )  # fmt: skip
     _check(recipe)
-    shape = shape_of(start, rank, alpha, targets, lm)
     if not len(pairs):
         raise RecordError("There are no pairs to learn from. Make some with preference_pairs(data).")
-    return _run(lm, pairs, recipe, shape, start, quantization, Path(out), reason)
+    return _run(begin, pairs, recipe)
 
 
-def _run(
-    lm: "LM",
-    pairs: Preferences | Sequence[Pair],
-    recipe: PreferenceRecipe,
-    shape: Shape,
-    start: Adapter | None,
-    quantization: str,
-    out: Path,
-    rate_reason: str,
-) -> Adapter:
+def _run(begin: Begin, pairs: Preferences | Sequence[Pair], recipe: PreferenceRecipe) -> Adapter:
     rows = pairs.pairs if isinstance(pairs, Preferences) else list(pairs)
-    encoded, left_out = encode_pairs(lm, rows, recipe.max_length)
+    encoded, left_out = encode_pairs(begin.lm, rows, recipe.max_length)
     longest = max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in encoded)
     used: dict[str, Any] = {"used": len(encoded), "left_out": left_out}
     if isinstance(pairs, Preferences):
         used["questions"] = pairs.counts
     key = content_key(pairs=[asdict(pair) for pair in rows])
-    job = Job("prefer", shape, start, key, recipe, quantization, 2 * recipe.batch_size * longest, CURVE)
-    told = {
-        "learning rate": rate_reason, "pairs": f"{len(encoded)}, {left_out} left out as too long",
-        "reference": "the base" if start is None else f"the adapter {start.path}, frozen",
-    }  # fmt: skip
+    told = {"pairs": f"{len(encoded)}, {left_out} left out as too long", "reference": begin.reference}
+    job = Job("prefer", key, recipe, 2 * recipe.batch_size * longest, CURVE, told, used)
 
     def make(model: Any, tokenizer: Any, lora: Any, checkpoints: Path, checkpointing: bool) -> Any:
         from workbench.finetuning import alignment
@@ -148,17 +132,13 @@ def _run(
             return alignment.make_kto(model, tokenizer, lora, single, common)
         return alignment.make_dpo(model, tokenizer, lora, encoded, common, LOSSES[recipe.method])
 
-    return train_adapter(lm, job, out, make, told, used)
+    return train_adapter(begin, job, make)
 
 
 def _check(recipe: PreferenceRecipe) -> None:
     if recipe.method not in BETA:
         raise ValueError(f"method={recipe.method!r} is not known. Choose one of {', '.join(BETA)}.")
-    for name in ("batch_size", "accumulation", "save_steps"):
-        if getattr(recipe, name) < 1:
-            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give 1 or more.")
-    for name in ("beta", "epochs", "learning_rate"):
-        if getattr(recipe, name) <= 0:
-            raise ValueError(f"{name}={getattr(recipe, name)} must be above 0.")
+    check_least(recipe, batch_size=1, accumulation=1, max_length=2, save_steps=1)
+    check_above(recipe, "beta", "epochs", "learning_rate")
     if not 0 <= recipe.warmup < 1:
         raise ValueError(f"warmup={recipe.warmup} is a share: give a number from 0 to 1.")

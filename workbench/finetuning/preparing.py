@@ -1,13 +1,14 @@
 """Between loading the base and the first step: what the run will need, and who watches it."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from workbench.finetuning.memory import Plan
 from workbench.finetuning.options import Watching
-from workbench.finetuning.packing import encode_all
+from workbench.finetuning.packing import Example
 from workbench.finetuning.recipe import Recipe
 from workbench.finetuning.timing import estimate
 from workbench.finetuning.trainer import QuietTrainer
@@ -23,10 +24,16 @@ from workbench.models import LM
 
 
 def set_up(
-    lm: LM, trainer: QuietTrainer, planned: Plan, recipe: Recipe, row: int, out: Path, watching: Watching
+    lm: LM,
+    trainer: QuietTrainer,
+    planned: Plan,
+    recipe: Recipe,
+    row: int,
+    out: Path,
+    examples: Sequence[Example],
+    watching: Watching,
 ) -> dict[str, Any]:
-    """Give the trainer its scores, speed, live figure and pause; returns the estimate, for training.json."""
-    examples = encode_all(lm, watching.held_out, "held_out", recipe.max_length)[0] if watching.held_out else []
+    """Give the trainer its scores (on `examples`), speed, live figure and pause; the estimate, for training.json."""
     lengths = [len(example.input_ids) for example in examples]
     found = _estimate(trainer, planned, sum(lengths))
     watch, task = trainer.watch, watching.task
@@ -35,7 +42,7 @@ def set_up(
         watch.scoring = Scoring(examples, max([row, *lengths]), accuracy)
     watch.speed = Speed(
         out / "speed.jsonl",
-        flops_per_token(trainer.model, recipe.method == "full"),
+        flops_per_token(trainer.model, full=recipe.method == "full"),
         peak_flops(lm.device, lm.model.dtype),
     )
     watch.show = watching.show or live_in_a_notebook()

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from workbench.files import content_key
 from workbench.finetuning.methods import VIRTUAL, check_method, default_rate, goes_on_from, settle_method
 from workbench.synthesis.records import Data, Record, RecordError, check_record, load_data
 
@@ -53,11 +54,10 @@ def make_recipe(lm: "LM", start: "Adapter | None", until: float, **asked: Any) -
     """
     method, quantization = settle_method(asked["method"], asked["quantization"])
     rate, reason = rate_for(lm, asked["learning_rate"], method)
-    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or asked["batch_tokens"]
     settled = {
         "alpha": 2 * asked["rank"] if asked["alpha"] is None else asked["alpha"],
         "learning_rate": rate,
-        "max_length": min(asked["max_length"] or context, context),
+        "max_length": length_limit(lm, asked["max_length"], asked["batch_tokens"]),
         "quantization": quantization,
         "method": method,
         "virtual_tokens": asked["virtual_tokens"] if method in VIRTUAL else 20,
@@ -71,10 +71,7 @@ def make_recipe(lm: "LM", start: "Adapter | None", until: float, **asked: Any) -
 
 def check(recipe: Recipe, until: float) -> None:
     """Raise ValueError for numbers that can't be."""
-    least = {"rank": 1, "alpha": 1, "batch_tokens": 1, "batch_size": 1, "max_length": 2, "save_steps": 1}
-    for name, limit in least.items():
-        if getattr(recipe, name) < limit:
-            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
+    check_least(recipe, rank=1, alpha=1, batch_tokens=1, batch_size=1, max_length=2, save_steps=1)
     if recipe.epochs <= 0 or recipe.learning_rate <= 0:
         raise ValueError(f"epochs={recipe.epochs} and learning_rate={recipe.learning_rate} must both be above 0.")
     if not 0 <= recipe.dropout < 1 or not 0 <= recipe.warmup < 1:
@@ -93,6 +90,19 @@ def check(recipe: Recipe, until: float) -> None:
         )
 
 
+def check_least(recipe: Any, **least: float) -> None:
+    """Raise ValueError for a number of `recipe` that is below its least value here."""
+    for name, limit in least.items():
+        if getattr(recipe, name) < limit:
+            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
+
+
+def length_limit(lm: "LM", asked: int | None, otherwise: int) -> int:
+    """Tokens that a record may have: as asked for, at most the model's context (`otherwise` where it says none)."""
+    context = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or otherwise
+    return context if asked is None else min(asked, context)
+
+
 def kept_records(data: Data | str | Path | list[Record]) -> tuple[list[Record], str]:
     """The records to learn from and where they are from; raises RecordError when there are none."""
     if isinstance(data, list):
@@ -108,6 +118,13 @@ def kept_records(data: Data | str | Path | list[Record]) -> tuple[list[Record], 
             "questions (n=), allow more samples, or choose a strategy that the model gets right."
         )
     return kept, where
+
+
+def records_key(records: list[Record]) -> str:
+    """A key of what is learnt: the messages and, where there are any, what is given of the answers and the phases."""
+    more = {name: [record.get(name) for record in records] for name in ("given", "phase")}
+    used = {name: values for name, values in more.items() if any(values)}
+    return content_key(messages=[record["messages"] for record in records], **used)
 
 
 def rate_for(lm: "LM", given: float | None, method: str = "lora") -> tuple[float, str]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.files import content_key
-from workbench.finetuning.adapting import Job, Shape, gentle_rate, shape_of, train_adapter
+from workbench.finetuning.adapting import Begin, Job, settle, train_adapter
+from workbench.finetuning.recipe import check_least
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.stages import described, plain
 
@@ -112,26 +113,14 @@ def reinforce(
     *,
     reward: str | Reward = "right",
     start: Adapter | None = None,
-    steps: int = 40,
-    questions: int = 8,
-    answers: int = 8,
-    n: int | None = None,
-    split: str = "train",
-    strategy: "Strategy | None" = None,
-    max_new_tokens: int = 256,
-    temperature: float = 1.0,
-    beta: float = 0.0,
-    top_entropy: float = 1.0,
-    learning_rate: float | None = None,
-    batch_size: int | None = None,
-    rank: int | None = None,
-    alpha: float | None = None,
-    targets: str | list[str] | None = None,
+    rank: int | None = None, alpha: float | None = None, targets: str | list[str] | None = None,
+    steps: int = 40, questions: int = 8, answers: int = 8,
+    n: int | None = None, split: str = "train", strategy: "Strategy | None" = None,
+    max_new_tokens: int = 256, temperature: float = 1.0,
+    beta: float = 0.0, top_entropy: float = 1.0, batch_size: int | None = None,
+    learning_rate: float | None = None, warmup: float = 0.0, seed: int = 0, save_steps: int = 10,
     quantization: Literal["auto", "nf4", "none"] = "auto",
-    warmup: float = 0.0,
-    seed: int = 0,
-    save_steps: int = 10,
-) -> Adapter:
+) -> Adapter:  # fmt: skip
     """Train a LoRA adapter by reward and write it to the folder `out`, as `finetune` does; returns the adapter.
 
     Args:
@@ -149,44 +138,40 @@ def reinforce(
 
     Raises ValueError for contradictory settings.
     """
-    rate, reason = gentle_rate(lm, learning_rate)
+    begin = settle(
+        lm, out, start, rank=rank, alpha=alpha, targets=targets, quantization=quantization, learning_rate=learning_rate
+    )
+    size = questions * answers if batch_size is None else batch_size
     recipe = RewardRecipe(
-        method, steps, questions, answers, max_new_tokens, temperature, beta, top_entropy, rate,
-        batch_size or questions * answers, warmup, seed, save_steps,
+        method, steps, questions, answers, max_new_tokens, temperature, beta, top_entropy, begin.learning_rate, size,
+        warmup, seed, save_steps,
     )  # fmt: skip
     judge = _reward(reward)
     _check(recipe)
-    shape = shape_of(start, rank, alpha, targets, lm)
-    asked = task.rows(split, n=n or steps * questions, seed=seed)
-    return _run(lm, task, asked, strategy, judge, recipe, shape, start, quantization, Path(out), reason)
+    asked = task.rows(split, n=_asked(n, recipe), seed=seed)
+    return _run(begin, task, asked, strategy, judge, recipe)
 
 
 def _run(
-    lm: "LM",
+    begin: Begin,
     task: "Task",
     asked: list[dict[str, Any]],
     strategy: "Strategy | None",
     judge: Reward,
     recipe: RewardRecipe,
-    shape: Shape,
-    start: Adapter | None,
-    quantization: str,
-    out: Path,
-    rate_reason: str,
 ) -> Adapter:
+    lm = begin.lm
     rows = [asked[number % len(asked)] for number in range(recipe.steps * recipe.questions)]
     prompts = [lm.render(task.messages(row, strategy)) for row in rows]
     longest = max(len(lm.encode(prompt)) for prompt in set(prompts)) + recipe.max_new_tokens
     gold = [str(row["answer"]) for row in rows]
     key = content_key(task=task.name, prompts=prompts, gold=gold, strategy=plain(strategy), reward=described(judge))
-    job = Job("reinforce", shape, start, key, recipe, quantization, recipe.batch_size * longest, CURVE)
-    reference = "the base" if start is None else f"the adapter {start.path}, frozen"
     told = {
-        "learning rate": rate_reason, "reference": reference if recipe.beta else "none: beta is 0",
-        "reward": str(described(judge)),
+        "reference": begin.reference if recipe.beta else "none: beta is 0", "reward": str(described(judge)),
         "answers": f"{recipe.steps} steps of {recipe.questions} questions x {recipe.answers} answers; "
         f"{len(asked)} different questions",
     }  # fmt: skip
+    job = Job("reinforce", key, recipe, recipe.batch_size * longest, CURVE, told, {"questions": len(asked)})
 
     def make(model: Any, tokenizer: Any, lora: Any, checkpoints: Path, checkpointing: bool) -> Any:
         from workbench.finetuning import alignment
@@ -195,7 +180,7 @@ def _run(
         score = _scorer(lm, task, rows, judge, recipe.answers)
         return alignment.make_grpo(model, tokenizer, lora, prompts, common, recipe, METHODS[recipe.method], score)
 
-    return train_adapter(lm, job, out, make, told, {"questions": len(asked)})
+    return train_adapter(begin, job, make)
 
 
 def _scorer(
@@ -233,13 +218,17 @@ def _reward(reward: str | Reward) -> Reward:
     return REWARDS[reward]
 
 
+def _asked(n: int | None, recipe: RewardRecipe) -> int:
+    """How many different questions."""
+    if n is not None and n < 1:
+        raise ValueError(f"n={n} is too small: give 1 question or more, or leave it out for a new one each time.")
+    return recipe.steps * recipe.questions if n is None else n
+
+
 def _check(recipe: RewardRecipe) -> None:
     if recipe.method not in METHODS:
         raise ValueError(f"method={recipe.method!r} is not known. Choose one of {', '.join(METHODS)}.")
-    least = {"steps": 1, "questions": 1, "answers": 2, "max_new_tokens": 1, "batch_size": 1, "save_steps": 1}
-    for name, limit in least.items():
-        if getattr(recipe, name) < limit:
-            raise ValueError(f"{name}={getattr(recipe, name)} is too small: give {limit} or more.")
+    check_least(recipe, steps=1, questions=1, answers=2, max_new_tokens=1, batch_size=1, save_steps=1)
     total = recipe.questions * recipe.answers
     if total % recipe.batch_size:
         raise ValueError(

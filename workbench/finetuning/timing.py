@@ -10,15 +10,15 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from workbench.finetuning.memory import trim
 from workbench.finetuning.trainer import QuietTrainer
+from workbench.finetuning.watching import seconds_of
 
 FORWARD = 0.4  # of a forward and backward pass with a frozen base: 2N of 4N FLOPs, less what is kept for the backward
 
@@ -71,7 +71,7 @@ def first_pass(trainer: QuietTrainer) -> tuple[float, int]:
         options = dict(trainer.args.activation_checkpointing_kwargs or {}) or None
         trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        times = [_seconds(lambda: trainer.training_step(trainer.model, dict(batch), items), device) for _ in range(2)]
+        times = [seconds_of(lambda: trainer.training_step(trainer.model, dict(batch), items), device) for _ in range(2)]
     trainer.model.zero_grad(set_to_none=True)
     trainer._metrics["train"].clear()
     trainer._total_train_tokens, trainer.step_start = 0, None
@@ -91,7 +91,7 @@ def optimizer_step(weights: Sequence[torch.Tensor]) -> float:
     for copy in copies:
         copy.grad = torch.full_like(copy, 1e-3)
     step()
-    return _seconds(step, copies[0].device)
+    return seconds_of(step, copies[0].device)
 
 
 def checkpoint(adapter_bytes: int) -> float:
@@ -111,11 +111,3 @@ def _padded_tokens(lengths: list[int], size: int) -> int:
     order = random.Random(0).sample(lengths, len(lengths))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     return sum(max(batch) * len(batch) for batch in batches)
-
-
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
-    begin = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin

@@ -1,6 +1,8 @@
-"""The one place that talks to TRL: a supervised trainer on ready tokens, quiet, offline, resumable to the same bytes.
+"""TRL's supervised trainer on ready tokens: quiet, offline, resumable to the same bytes.
 
-Covers TRL 1.16's `SFTTrainer` with its padding-free packing and fused loss. Import it late: TRL takes seconds to load.
+Covers TRL 1.16's `SFTTrainer` with its padding-free packing and fused loss; with weights or phases it is the one of
+`weighted_trainer` or `phased_trainer`, for preferences and rewards see `alignment`. Import it late: TRL takes seconds
+to load.
 Checkpoints get a marker with the size and hash of every file, written last; a checkpoint without a true marker was torn
 by a kill and is not resumed from.
 """
@@ -96,7 +98,7 @@ class QuietTrainer(SFTTrainer):
 
     def _in_parts(self, model: Any, inputs: dict[str, Any], items: Any) -> torch.Tensor:
         pieces = split(inputs, self.parts)
-        if len(pieces) > 1 and items is None:
+        if len(pieces) > 1 and items is None:  # no count of the step: then each micro-batch is a mean of its own
             items = inputs["labels"][..., 1:].ne(IGNORED).sum()
         losses = []
         for piece in pieces:
@@ -127,8 +129,8 @@ class QuietTrainer(SFTTrainer):
 class Watch(TrainerCallback):
     """Heartbeat, loss curve, speed, scores, markers of whole checkpoints; stops at a loss that is no number."""
 
-    def __init__(self, trainer: QuietTrainer, curve: Path) -> None:
-        self.trainer, self.curve = trainer, curve
+    def __init__(self, trainer: QuietTrainer, curve: Path, stage: str = "finetune") -> None:
+        self.trainer, self.curve, self.stage = trainer, curve, stage
         self.speed: Speed | None = None
         self.scoring: Scoring | None = None
         self.show: Callable[[Rows], None] | None = None
@@ -175,7 +177,7 @@ class Watch(TrainerCallback):
         fast = self.speed.rows[-1] if self.speed else {}
         self.rows.append({**row, **fast})
         shown = {name: value for name, value in self.rows[-1].items() if name in SHOWN}
-        heartbeat("finetune", state.global_step, state.max_steps, **shown)
+        heartbeat(self.stage, state.global_step, state.max_steps, **shown)
         if self.show:
             self.show(self.rows)
 
@@ -278,17 +280,12 @@ def make_trainer(
     adapter: PeftConfig | None,
     *,
     checkpoints: Path,
-    packed_length: int | None,
-    batch_size: int,
-    accumulation: int,
-    epochs: float,
-    learning_rate: float,
-    warmup: float,
+    packed_length: int | None, batch_size: int, accumulation: int,
+    epochs: float, learning_rate: float, warmup: float,
     checkpointing: bool,
     save_steps: int,
-    seed: int,
-    shuffle: bool = True,
-) -> QuietTrainer:
+    seed: int, shuffle: bool = True,
+) -> QuietTrainer:  # fmt: skip
     """A trainer on ready tokens: rows packed to `packed_length` tokens, or padded batches of `batch_size`.
 
     adapter: PEFT's configuration of a new adapter; None where `model` has its trainable parameters already. shuffle:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +57,7 @@ def flops_per_token(model: PreTrainedModel, full: bool = False) -> int:
     tied = head is not None and head.weight is table.weight
     weights = 0
     for name, module in model.named_modules():
-        if "lora_" in name or (module is table and not tied) or (module is head and tied):
+        if "lora_" in name or "prompt_encoder" in name or (module is table and not tied) or (module is head and tied):
             continue
         if isinstance(module, nn.Linear):  # 4-bit ones too, whose weight tensor is packed
             weights += module.in_features * module.out_features
@@ -77,12 +78,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> Peak:
             return Peak(known, f"table: {name}, {known / 1e12:.0f} TFLOPS in {dtype}")
     size = MATMUL * (8 if device.type == "cuda" else 1)
     matrix = torch.ones(size, size, device=device, dtype=dtype)
-    best = min(_seconds(lambda: matrix @ matrix, device) for _ in range(4))
+    best = min(seconds_of(lambda: matrix @ matrix, device) for _ in range(4))
     speed = 2 * size**3 / best
     return Peak(speed, f"measured: {speed / 1e9:.0f} GFLOPS, a product of two {size} x {size} matrices of {dtype}")
 
 
-def _seconds(work: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """How long `work` takes, until the device is done with it."""
     begin = time.perf_counter()
     work()
     if device.type == "cuda":
@@ -196,12 +198,19 @@ def held_out_loss(trainer: "QuietTrainer", examples: Sequence[Example], tokens: 
 
 def task_accuracy(lm: "LM", model: PreTrainedModel, task: "Task") -> float:
     """Share of right answers of the model in training on tuning questions; `lm` names it and holds the tokenizer."""
+    from workbench.interventions import Adapter
     from workbench.models import find_blocks
 
     rows = task.rows("tuning", n=TASK_ROWS, seed=0)
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # out of peft's wrapper
     now = replace(lm, model=bare, blocks=find_blocks(bare))
-    found = now.generate([now.render(task.messages(row)) for row in rows])
+    prompts = [now.render(task.messages(row)) for row in rows]
+    if hasattr(model, "prompt_encoder"):  # virtual tokens are in the wrapper
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder, save_embedding_layers=False)
+            found = now.generate(prompts, Adapter(Path(folder)))
+    else:
+        found = now.generate(prompts)
     verdicts = task.verify_many(rows, [generation.text for generation in found])
     return sum(verdict.correct for verdict in verdicts) / len(rows)
 

@@ -43,8 +43,9 @@ class WeightedTrainer(QuietTrainer):
     ) -> Any:
         """As TRL does with ready tokens, but TRL would drop the third column before it packs."""
         if packing:
-            dataset = pack_dataset(dataset.shuffle(seed=args.seed), args.max_length, args.packing_strategy)
-        return dataset.shuffle(seed=args.seed)
+            dataset = dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+            dataset = pack_dataset(dataset, args.max_length, args.packing_strategy)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """The sum of weights of all rows of a step, in the place of their number of tokens."""

@@ -41,8 +41,8 @@ def check_virtual(lm: LM, folder: Path) -> None:
     if config["peft_type"] == "PROMPT_TUNING":
         wanted = (config["num_virtual_tokens"], lm.model.get_input_embeddings().weight.shape[1])
     else:
-        layer = _heads(lm) * _head_dim(lm)
-        wanted = (config["num_virtual_tokens"], len(lm.blocks) * 2 * layer)
+        heads, width = cache_shape(lm.model.config.get_text_config())
+        wanted = (config["num_virtual_tokens"], len(lm.blocks) * 2 * heads * width)
     if shape != wanted:
         raise ModelError(
             f"The adapter {folder} does not fit {lm.name!r}: its virtual tokens are {shape}, the model needs "
@@ -132,7 +132,8 @@ def _entries(lm: LM, folder: Path) -> Entries:
     learnt = load_file(folder / "adapter_model.safetensors")["prompt_embeddings"].to(lm.device, lm.model.dtype)
     if config["peft_type"] == "PREFIX_TUNING":
         # PEFT's order: token, then layer by layer keys before values, then head
-        whole = learnt.view(len(learnt), len(lm.blocks), 2, _heads(lm), _head_dim(lm)).permute(1, 2, 3, 0, 4)
+        shape = cache_shape(lm.model.config.get_text_config())
+        whole = learnt.view(len(learnt), len(lm.blocks), 2, *shape).permute(1, 2, 3, 0, 4)
         return [(layer[0][None], layer[1][None]) for layer in whole]
     cache = new_cache(lm)
     forward: Callable[..., Any] = lm.base.forward
@@ -140,14 +141,8 @@ def _entries(lm: LM, folder: Path) -> Entries:
     return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers if isinstance(layer, GrowingLayer)]
 
 
-def _heads(lm: LM) -> int:
-    """Key-value heads of a layer."""
-    config = lm.model.config.get_text_config()
-    if getattr(config, "multi_query", False):
-        return 1
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-
-
-def _head_dim(lm: LM) -> int:
-    config = lm.model.config.get_text_config()
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def cache_shape(config: Any) -> tuple[int, int]:
+    """Key-value heads of a layer and the width of one, from the configuration of a text model."""
+    heads = 1 if getattr(config, "multi_query", False) else getattr(config, "num_key_value_heads", None)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(heads or config.num_attention_heads), int(width)

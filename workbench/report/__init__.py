@@ -258,6 +258,8 @@ def _facts(stage: Stage) -> str:
 
 def _limits(stages: list[Stage]) -> str:
     told = [(stage.name, str(text)) for stage in stages for text in _as_list(stage.result.get("limits"))]
+    if not told and not any(stage.result.get(name) for stage in stages for name in ("table", "tables", "comparisons")):
+        return ""  # nothing was claimed that could have a limit
     items = "".join(f"<li>{html.escape(text)} <small>({html.escape(name)})</small></li>" for name, text in told)
     body = f"<ul>{items}</ul>" if items else _note("No stage recorded a limit of what it shows. That is an omission.")
     return f'<section id="limits"><h2>Limits</h2>{body}</section>'

@@ -17,7 +17,17 @@ from workbench.prompts import examples_for
 from workbench.synthesis.corpus import located, parsed, passages
 from workbench.synthesis.overlap import tokens
 from workbench.synthesis.roles import Role, written
-from workbench.synthesis.sampling import Attempt, Row, Settings, attempt_of, row_seed, sampled, spent
+from workbench.synthesis.sampling import (
+    NOTHING,
+    Attempt,
+    Row,
+    Settings,
+    attempt_of,
+    row_seed,
+    sampled,
+    spent,
+    tokens_of,
+)
 from workbench.tasks.answers import extract
 
 if TYPE_CHECKING:
@@ -27,7 +37,6 @@ if TYPE_CHECKING:
     from workbench.tasks import Task
 
 MARK = "QmarkQ"  # stands for the user's words while the template is read
-NOTHING = "(no answer)"
 OPERATORS = {
     "constrain": "Add one more condition to this question.",
     "deepen": "Change this question so that it takes more knowledge to answer.",
@@ -163,6 +172,8 @@ def from_corpus(
     corpus: a UTF-8 file; longest: characters of a passage (`corpus.passages`). context: put the passage before the
     question in the record; without it, the record asks what the model should know by heart.
     """
+    from workbench.served import Served
+
     found = passages(Path(corpus), longest)
     picked = [found[row_seed(settings.seed, f"{row['id']}/passage", 0) % len(found)] for row in rows]
     asked = [(row, passage, k) for row, passage in zip(rows, picked, strict=True) for k in range(settings.samples)]
@@ -178,6 +189,8 @@ def from_corpus(
         new = {"id": f"{row['id']}/corpus/{k}", "answer": text["answer"] if text else ""}
         new["question"] = f"{passage.text}\n\n{question}" if context else question
         sample = _sample(generation, new["answer"] or NOTHING) | {"correct": why is None, "by": "quote"}
+        if why is None and not isinstance(lm, Served):  # a server says no tokens: there it is all that was written
+            sample["tokens_out"] = tokens_of(lm, new["answer"])
         about: dict[str, Any] = {"file": Path(corpus).name, "passage": passage.number}
         if text and span:
             about |= {"span": [passage.start + end for end in span], "quote": text["quote"]}

@@ -1,25 +1,34 @@
 """Tables of arms over seeds: what is saved is not run again, and every arm of the shipped tables can be run."""
 
-from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from workbench.claims import data_recipes, tuning_methods
 from workbench.claims.over_seeds import run_cells, table
 from workbench.generate import Generation
+from workbench.interventions import Residual
 from workbench.models import LM
 from workbench.results import Results
 from workbench.sandbox import isolation
 from workbench.synthesis.programs import as_program
-from workbench.synthesis.records import load_data
+from workbench.synthesis.records import Data, load_data
 from workbench.tasks import load_task
 
 
-def _bench(lm: LM) -> data_recipes.Bench:
-    task = load_task("word-problems")
-    return data_recipes.Bench(lm, lm, lm, task, questions=16, samples=2, tokens=200, epochs=1, n=6, limit=80)
+def _bench(lm: LM, kind: type[data_recipes.Bench] = data_recipes.Bench, **other: int) -> data_recipes.Bench:
+    sizes: dict[str, Any] = {"questions": 16, "samples": 2, "tokens": 200, "epochs": 1, "n": 6, "limit": 80} | other
+    return kind(lm, lm, lm, load_task("word-problems"), **sizes)
+
+
+class Untrained(data_recipes.Bench):
+    """All of an arm up to the training of its student."""
+
+    def tested(self, seed: int, out: Path, cut: Data, name: str, made: Data, **rest: Any) -> Any:
+        return None, self.facts(cut, made)
 
 
 def test_every_data_recipe_is_an_arm_of_the_table(lab: LM) -> None:
@@ -94,11 +103,10 @@ def test_a_probe_scores_no_record_that_it_was_fitted_on(
         return real(records, lm=lm, right=right, wrong=wrong)
 
     monkeypatch.setattr(scores, "probed", probed)
-    bench = replace(_bench(lab), questions=24)
-    results, facts = data_recipes.arms(bench)["best by probe"](0, tmp_path)
+    bench = _bench(lab, Untrained, questions=24)
+    _, facts = data_recipes.arms(bench)["best by probe"](0, tmp_path)
     assert len(fitted) == 2
     assert sum(fitted) == facts["kept"]
-    assert len(results.rows) == 6
 
 
 @pytest.mark.skipif(not isolation(), reason="bubblewrap is missing or can't start here")
@@ -106,7 +114,7 @@ def test_the_student_s_own_programs_are_judged_by_what_they_print(
     lab: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A student that writes its questions' programs as it was taught: all of them are kept, and both rounds counted."""
-    bench = replace(_bench(lab), questions=4)
+    bench = _bench(lab, Untrained, questions=4)
     right = {row["question"]: as_program(row) for row in bench.task.rows("train", n=4, seed=100)}
     real = LM.generate
 
@@ -126,8 +134,10 @@ def test_the_student_s_own_programs_are_judged_by_what_they_print(
     assert facts["calls"] == own.card["cost"]["calls"] + first.card["cost"]["calls"]
 
 
-def test_stages_count_all_that_they_hand_over(lab: LM, tmp_path: Path) -> None:
-    bench = replace(_bench(lab), questions=8, tokens=60)
+def test_stages_count_all_that_they_hand_over(lab: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = SimpleNamespace(adapter=Residual({3: torch.zeros(lab.d_model)}, "all"))
+    monkeypatch.setattr(data_recipes, "finetune_stages", lambda *args, **settings: nothing)
+    bench = _bench(lab, questions=8, tokens=60)
     _, facts = data_recipes.arms(bench)["steps internalised in stages"](0, tmp_path)
     stages = [load_data(folder) for folder in sorted((tmp_path / "arms").iterdir())]
     assert len(stages) == 5

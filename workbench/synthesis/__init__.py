@@ -100,9 +100,9 @@ def synthesize(
         shared = drop_leaks(records, exam, max_overlap)
         drop_repeats(records, threshold, dedup)
         file = write_records(out, records, file_format)
-        write_aside(out, task.bad)
         parameters = sampling | asked | finishing
         make_card(out, file, records, len(attempts), key=key, parameters=parameters, costs=costs, overlap=shared)
+    write_aside(out, task.bad)
     return load_data(out)
 
 

@@ -45,6 +45,7 @@ OPERATORS = {
     "broaden": "Write a new and rarer question of the same subject, as long and as hard as this one.",
 }  # after the operators of WizardLM, in words of our own
 REWRITER = Role("{operator} Reply with the new question alone.\n\nQuestion: {question}")
+MORE = Role("Here are some questions:\n\n{list}\n\nWrite one more of their kind. Reply with the question alone.")
 READER = Role(
     "Read this passage.\n\n{passage}\n\nWrite a question that the passage answers, the answer, and the words of the "
     "passage that show it, copied exactly, in three lines:\nQuestion: ...\nAnswer: ...\nQuote: ..."
@@ -110,11 +111,8 @@ def self_instruct(
         made = _drawn(lm, rows, [start for start, _ in starts], user_prefix(lm)[1], settings, temperature)
     else:
         parts = [{"list": "\n".join(f"- {each['question']}" for each in examples)} for examples in seeds]
-        role = Role(
-            "Here are some questions:\n\n{list}\n\nWrite one more of their kind. Reply with the question alone."
-        )
         names = [f"{row['id']}/question" for row in rows]
-        made = [_read(lm, g) for g in written(lm, role, names, parts, replace(settings, temperature=temperature))]
+        made = [_read(lm, g) for g in written(lm, MORE, names, parts, replace(settings, temperature=temperature))]
     drafts = []
     for row, found, examples in zip(rows, made, seeds, strict=True):
         draft = _draft(lm, task, row, "self_instruct", settings, *found)

@@ -17,17 +17,8 @@ from workbench.prompts import examples_for
 from workbench.synthesis.corpus import located, parsed, passages
 from workbench.synthesis.overlap import tokens
 from workbench.synthesis.roles import Role, written
-from workbench.synthesis.sampling import (
-    NOTHING,
-    Attempt,
-    Row,
-    Settings,
-    attempt_of,
-    row_seed,
-    sampled,
-    spent,
-    tokens_of,
-)
+from workbench.synthesis.sampling import NOTHING, Attempt, Row, Settings, attempt_of, row_seed, sampled, spent
+from workbench.synthesis.sampling import tokens_of as counted
 from workbench.tasks.answers import extract
 
 if TYPE_CHECKING:
@@ -188,7 +179,7 @@ def from_corpus(
         new["question"] = f"{passage.text}\n\n{question}" if context else question
         sample = _sample(generation, new["answer"] or NOTHING) | {"correct": why is None, "by": "quote"}
         if why is None and not isinstance(lm, Served):  # a server says no tokens: there it is all that was written
-            sample["tokens_out"] = tokens_of(lm, new["answer"])
+            sample["tokens_out"] = counted(lm, new["answer"])
         about: dict[str, Any] = {"file": Path(corpus).name, "passage": passage.number}
         if text and span:
             about |= {"span": [passage.start + end for end in span], "quote": text["quote"]}

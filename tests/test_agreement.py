@@ -135,9 +135,17 @@ def test_without_variation_alpha_is_undefined_and_says_so() -> None:
         ([[1, 2], [1]], "nominal", r"got 2 raters with \[1, 2\] units"),
         ([[1], [2]], "ratio", "level='ratio' is not known"),
         ([["a"], ["b"]], "ordinal", "finite numbers, or None; got 'a'"),
-        ([[1.0], [math.nan]], "interval", "finite numbers"),
+        ([[1.0], [math.inf]], "interval", "finite numbers"),
     ],
 )
 def test_ratings_that_cannot_be_used_are_told(ratings: list[list], level: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         krippendorff(ratings, level)
+
+
+def test_a_missing_rating_is_none_and_numbers_of_numpy_are_numbers() -> None:
+    for level in LEVELS:
+        with pytest.raises(ValueError, match="Write None where a rating is missing"):
+            krippendorff([[1, math.nan], [1, 2]], level)
+    table = np.array([[1, 2, 1, 3], [1, 2, 2, 3]])
+    assert krippendorff([list(row) for row in table], "ordinal") == krippendorff(table.tolist(), "ordinal")

@@ -79,3 +79,11 @@ def test_bad_records_are_put_aside_too(tmp_path: Path) -> None:
     assert [bad.line for bad in data.bad] == [96, 97, 98, 99, 100]
     with pytest.raises(RecordError, match=r"5 of 100 rows can't be used. First: .*line 96: not JSON"):
         load_data(file)
+
+
+def test_a_mended_file_leaves_no_bad_rows_behind(lab: LM, tmp_path: Path) -> None:
+    file, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    for text, there in ((b"\n".join([*lines(150), b"{"]), True), (b"\n".join(lines(151)), False)):
+        file.write_bytes(text)
+        synthesize(lab, load_task("rows", path=file, split="train"), n=3, out=out, samples=1, max_new_tokens=4)
+        assert (out / "bad_rows.jsonl").exists() == there

@@ -10,6 +10,7 @@ from workbench.models import LM
 from workbench.synthesis import edits, synthesize
 from workbench.synthesis.recipes import oracle, rejection, student_paced
 from workbench.synthesis.sampling import Attempt, Settings
+from workbench.synthesis.selection import usable
 from workbench.tasks import Task, load_task
 
 LONG = "First there are 57. Then 31 more, so 57+31=88. Wait, let me think. Then half, so 88/2=44. The answer is 44."
@@ -32,6 +33,10 @@ def edited(lab: LM, task: Task, edit, text: str, answer: str = "44") -> dict:
     [
         (edits.equations, LONG, "57+31=88. 88/2=44. The answer is 44."),
         (edits.equations, "She pays $8 x 5.5 = $44 in all.\nThe answer is 44.", "8x5.5=44. The answer is 44."),
+        (edits.equations, "So 57+31=88, then 1,000/2=500. The answer is 44.",
+         "57+31=88. 1,000/2=500. The answer is 44."),
+        (edits.in_words, "1+2+3=6, 9 - 2 - 3 = 4, (57+31=88) and - 88/2=44. The answer is 44.",
+         "1+2+3=6, 9 - 2 - 3 = 4, (57 plus 31 is 88) and - 88 divided by 2 is 44. The answer is 44."),
         (edits.in_words, "57+31=88. 88/2=44. The answer is 44.",
          "57 plus 31 is 88. 88 divided by 2 is 44. The answer is 44."),
         (partial(edits.compact, most=0), LONG,
@@ -56,7 +61,7 @@ def test_what_an_edit_leaves(lab: LM, word_problems: Task, edit, text: str, left
 def test_an_edit_is_judged_again_and_an_impossible_one_says_why(lab: LM, word_problems: Task) -> None:
     assert not edited(lab, word_problems, edits.equations, "88/2=44. The answer is 43.")["correct"]
     lost = edited(lab, word_problems, edits.equations, "The answer is 44.")
-    assert not lost["correct"]
+    assert not usable(lost)
     assert lost["why"] == "no equation in it"
     with pytest.raises(ValueError, match="removed=-1"):
         edits.without_steps(lab, word_problems, [attempt(LONG)], Settings(), removed=-1)
@@ -147,3 +152,52 @@ def test_gsm8k_rationales_go_through_the_same_steps(lab: LM, data_folder: Path, 
     }
     assert data.card["overlap"]["by_task"] == {"gsm8k": 1319, "svamp": 584}
     assert all(set(r["messages"][-1]["content"]) <= set("0123456789.,+-*/×÷x=()% \nTheanswrisAm$") for r in data.kept)
+
+
+def test_what_one_edit_could_not_do_no_later_edit_makes_usable(lab: LM, word_problems: Task) -> None:
+    failed = edits.equations(lab, word_problems, [attempt("The answer is 44.")], Settings())
+    for later in (edits.compact, edits.in_words, edits.as_programs, edits.drop_improbable):
+        (again,) = later(lab, word_problems, failed, settings=Settings())
+        assert again == failed[0]
+
+
+def test_a_right_answer_that_can_not_be_edited_is_no_wrong_chain(lab: LM, word_problems: Task, tmp_path: Path) -> None:
+    def bare(lm: LM, task: Task, rows: list[dict], settings: Settings) -> list[Attempt]:
+        """A right answer without an equation, a wrong one with one, and an empty one."""
+        made = oracle(lm, task, rows, settings)
+        for one in made:
+            (sample,) = one["samples"]
+            wrong = {**sample, "text": "1+1=3. The answer is -1.", "correct": False, "extracted": "-1"}
+            empty = {**sample, "text": "", "correct": False, "extracted": None}
+            one["samples"] = [{**sample, "text": f"The answer is {one['answer']}."}, wrong, empty]
+        return made
+
+    data = synthesize(lab, word_problems, bare, n=4, out=tmp_path, negatives=3, edits=[edits.equations], threshold=1.0)
+    assert data.card["counts"] == {"questions": 4, "kept": 0, "rejected": {"no equation in it": 4}, "negative": 4}
+    assert {record["messages"][-1]["content"] for record in data.negatives} == {"1+1=3. The answer is -1."}
+    assert {record["solve_rate"] for record in data} == {1 / 3}
+    programs = synthesize(lab, word_problems, bare, n=4, out=tmp_path / "b", edits=[edits.as_programs])
+    assert programs.card["counts"]["rejected"] == {"no program in it": 4}
+
+
+def test_an_empty_answer_does_not_move_what_the_student_finds_improbable(lab: LM, word_problems: Task) -> None:
+    text = "57+31=88. 88/2=45. The answer is 44."
+    alone = attempt(text)
+    likely = edits._least_likely(lab, [(alone, text)])[0]
+    drop = partial(edits.drop_improbable, threshold=sum(likely[:2]) / 2)
+    beside = {**alone, "samples": [{**alone["samples"][0], "text": "", "correct": False}, *alone["samples"]]}
+    (expected,) = drop(lab, word_problems, [alone], Settings())[0]["samples"]
+    assert len(edits.sentences(expected["text"])) == 2
+    assert drop(lab, word_problems, [beside], Settings())[0]["samples"][1] == expected
+
+
+def test_an_edit_does_not_bring_the_gold_answer_in(lab: LM, word_problems: Task) -> None:
+    text = "57+31=88. 88/2=44. The answer is 44."
+    for verdict, answer in ((True, "44"), (False, "44"), (True, "7")):
+        one = attempt(text, answer)
+        one["samples"][0] |= {"by": "reviewers", "correct": verdict, "extracted": "44"}
+        (found,) = edits.in_words(lab, word_problems, [one], Settings())[0]["samples"]
+        assert found["correct"] == verdict
+    undecided = attempt(text, "") | {"dropped": "no agreement between answers"}
+    (left,) = edits.in_words(lab, word_problems, [undecided], Settings())
+    assert left["samples"][0]["text"] == text

@@ -126,3 +126,36 @@ def test_chains_are_distinct_and_negatives_are_wrong(lab: LM, word_problems: Tas
         assert len(set(own)) == 1
     assert mixing.mix({"a": data}, tmp_path / "mixed").kept == mix({"a": data}, tmp_path / "mixed").kept
     assert partial(scores.easy)(data.kept) == [record["solve_rate"] for record in data.kept]
+
+
+def test_without_shares_all_parts_are_one_pool(sets: dict[str, Data], tmp_path: Path) -> None:
+    """Balance counts over the pool and not in each part, and what it leaves over is not called enough."""
+
+    def some(count: int, task: str, name: str) -> list[dict]:
+        return [
+            {**record, "task": task, "id": f"{name}/{task}/{number}", "tokens_out": 5}
+            for number, record in enumerate(sets["steps"].kept[:count])
+        ]
+
+    a, b = Data(tmp_path, some(30, "one", "a"), {}), Data(tmp_path, some(10, "one", "b") + some(30, "two", "b"), {})
+    data = mix({"a": a, "b": b}, tmp_path / "m", balance="task")
+    assert Counter(record["task"] for record in data) == {"one": 30, "two": 30}
+    with pytest.raises(ValueError, match="should give 330 answer tokens and holds 300 in all"):
+        mix({"a": a, "b": b}, tmp_path / "n", balance="task", tokens=330)
+    seen = []
+
+    def score(records: list[dict]) -> list[float]:
+        seen.append(len(records))
+        return [0.0] * len(records)
+
+    mix({"a": a, "b": b}, tmp_path / "s", score=score)
+    assert seen == [70], "each record is scored once"
+
+
+def test_records_without_a_size_are_told(sets: dict[str, Data], tmp_path: Path) -> None:
+    file = tmp_path / "plain.jsonl"
+    file.write_text('{"messages": [{"role": "user", "content": "2?"}, {"role": "assistant", "content": "4"}]}\n')
+    with pytest.raises(ValueError, match="Kept record 1 of the part 'a' has no id or no tokens_out"):
+        mix({"a": file}, tmp_path / "out")
+    with pytest.raises(ValueError, match="the shares of gcd come to nothing"):
+        mix({n: sets[n] for n in ("steps", "gcd")}, tmp_path / "out", shares={"steps": 0.99, "gcd": 0.01}, records=10)

@@ -146,3 +146,11 @@ def test_records_are_made_through_synthesize(tmp_path: Path, word_problems: Task
     )
     assert [record["recipe"] for record in data] == ["programs"] * 2
     assert data.kept == []
+
+
+def test_a_task_of_programs_is_not_made_of_one(word_problems: Task, tmp_path: Path) -> None:
+    asking = program_task(word_problems)
+    with pytest.raises(ValueError, match="is answered by programs already"):
+        program_task(asking)
+    with pytest.raises(ValueError, match="is answered by programs already"):
+        programs(None, asking, asking.rows("train", n=1), Settings())

@@ -310,3 +310,17 @@ def test_the_majority_needs_its_share_of_all_samples() -> None:
     assert majority(["7"] * 3 + [None] * 3, 0.5) == "7"
     assert majority(["7"] * 3 + [None] * 3, 0.6) is None
     assert majority([], 0.5) is None
+
+
+def test_a_record_of_a_corpus_counts_its_answer_and_not_what_was_written_around_it(
+    lab: LM, word_problems: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story = tmp_path / "story.txt"
+    story.write_text("Ana came first.")
+    said = Generation("Question: Who came?\nAnswer: Ana\nQuote: Ana came first.", [1], 3, 40, 0.0, True, 1)
+    monkeypatch.setattr(LM, "generate", lambda self, prompts, *a, **k: [said for _ in prompts])
+    rows, settings = word_problems.rows("train", n=6), Settings(samples=1)
+    good = [a for a in from_corpus(lab, word_problems, rows, settings, corpus=story) if "dropped" not in a]
+    assert good
+    assert {attempt["samples"][0]["tokens_out"] for attempt in good} == {len(lab.encode("Ana")) + 1}
+    assert {attempt["cost"]["tokens_out"] for attempt in good} == {40}

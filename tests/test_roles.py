@@ -212,7 +212,7 @@ def test_written_grades_take_the_last_option_that_is_a_word() -> None:
 
 
 def test_a_role_refuses_options_that_cannot_be_told_apart(lm: LM, task: Task) -> None:
-    for options in (("yes",), ("1", "10"), ("no", ""), (" no", " yes")):
+    for options in (("yes",), ("1", "10"), ("no", ""), (" no", " yes"), ("no", "no"), ("No", "no")):
         with pytest.raises(ValueError, match="give two or more words"):
             Role(options=options)
     with pytest.raises(ValueError, match="how='spoken' is not known"):
@@ -228,5 +228,20 @@ def test_the_card_names_the_reviewers(lm: LM, task: Task, tmp_path: Path) -> Non
     data = synthesize(lm, task, recipe, n=4, out=tmp_path / "out", samples=1, max_new_tokens=8, max_overlap=1.0)
     own = data.card["parameters"]["own"]["reviewers"]
     assert own[0]["prompt"] == REVIEWERS[0].prompt
-    assert own[1]["lm"] == {"name": other.name, "revision": other.revision}
+    assert own[1]["lm"] == {"name": other.name, "revision": other.revision, "dtype": "float32"}
     assert {record["verdict"]["by"] for record in data} == {"reviewers"}
+
+
+def test_where_no_sandbox_is_reviewers_still_judge_code(lm: LM, tmp_path: Path, monkeypatch) -> None:
+    from workbench.sandbox import jail
+
+    file = tmp_path / "code.jsonl"
+    rows = [{"question": f"def f{n}():", "answer": "return 1", "entry_point": f"f{n}", "test": "def check(f): f()"}
+            for n in range(3)]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code = load_task("code", path=file, kind="code", split="train")
+    monkeypatch.setattr(jail, "probe", lambda program="bwrap": ("", "no bubblewrap here"))
+    for attempt in reviewed(lm, code, code.rows("train"), SETTINGS):
+        for sample in attempt["samples"]:
+            assert sample["verified"] is None
+            assert sample["correct"] in (True, False)

@@ -110,3 +110,24 @@ def test_refusals_say_what_to_do(lab: LM, monkeypatch: pytest.MonkeyPatch) -> No
         assert "secret-word" not in repr(served)
         with pytest.raises(ServerError, match="does not give its tokens"):
             served.encode("Hi")
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_cost_limit_holds_where_every_character_is_a_token(lab: LM, workers: int) -> None:
+    prompts = [[{"role": "user", "content": str(n % 10) * 200}] for n in range(6)]
+    with serving(lab) as (url, _):
+        served = connect(url, "lab", workers=workers, max_dollars=0.5, dollars_a_million=(1000.0, 0.0))
+        with pytest.raises(ServerError, match="Raise max_dollars"):
+            served.generate(prompts, max_new_tokens=4)
+        assert 0.3 < served.spent.dollars <= 0.5
+
+
+def test_what_needs_the_model_itself_says_so(lab: LM, word_problems: Task, tmp_path: Path) -> None:
+    with serving(lab) as (url, state):
+        served = connect(url, "lab")
+        for recipe in ("oracle", "magpie", "self_instruct"):
+            with pytest.raises(ServerError, match=r"does not give its (tokens|tokenizer).*needs load_model"):
+                synthesize(served, word_problems, recipe, n=2, samples=1, max_new_tokens=8, out=tmp_path / recipe)
+        with pytest.raises(ServerError, match="prompts is one string"):
+            served.generate("Hi")
+        assert not state.bodies

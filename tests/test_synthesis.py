@@ -108,7 +108,7 @@ def test_provenance_is_complete_and_the_question_is_plain(lm: LM, task: Task, tm
         row = rows[record["row_id"]]
         assert record["messages"][:-1] == [{"role": "user", "content": row["question"]}]
         assert record["prompt"] == f"<|system|>Add.<|end|><|user|>{row['question']}<|end|><|assistant|>\n"
-        assert record["model"] == {"name": lm.name, "revision": lm.revision}
+        assert record["model"] == {"name": lm.name, "revision": lm.revision, "dtype": "float32"}
         assert record["decoding"]["strategy"]["system"] == "Add."
         assert record["decoding"]["temperature"] == 1.0
         assert 0 <= record["decoding"]["sample"] < 4
@@ -327,6 +327,8 @@ def test_near_duplicates_agree_with_comparing_every_pair() -> None:
         ({"temperature": 0}, "samples=4 with temperature=0 gives 4 equal answers"),
         ({"n": 0}, "n=0 is too small"),
         ({"max_overlap": 2}, "max_overlap=2 is no share"),
+        ({"threshold": 0}, "threshold=0 is no similarity"),
+        ({"negatives": -1}, "negatives=-1 is too small"),
         ({"tempreature": 1}, "unknown setting tempreature. Settings are: samples, temperature"),
     ],
 )
@@ -454,3 +456,69 @@ def test_minhash_finds_what_exact_jaccard_finds() -> None:
         assert sum(found is not None for found in expected) > 5
     with pytest.raises(ValueError, match="threshold=0 is no similarity"):
         overlap.minhash_duplicates(texts, 0)
+
+
+def test_a_deleted_records_file_is_made_again(lm: LM, tmp_path: Path) -> None:
+    data = synthesize(lm, load_task("gcd"), "oracle", n=4, out=tmp_path)
+    (tmp_path / "records.jsonl").unlink()
+    assert synthesize(lm, load_task("gcd"), "oracle", n=4, out=tmp_path).records == data.records
+
+
+def test_an_empty_answer_is_a_record_that_can_be_read_back(lm: LM, task: Task, tmp_path: Path) -> None:
+    def silent(lm: LM, task: Task, rows: list[dict], settings: Settings) -> list[dict]:
+        made = rejection(lm, task, rows, settings)
+        return [{**a, "samples": [{**s, "text": "", "correct": False} for s in a["samples"]]} for a in made]
+
+    data = synthesize(lm, task, silent, n=5, out=tmp_path, negatives=1, **SAMPLED)
+    assert data.card["counts"]["rejected"] == {"no verified answer": 5}
+    assert len(data) == 5
+
+
+def test_the_oracle_counts_tokens_as_sampling_does(lab: LM, word_problems: Task, tmp_path: Path) -> None:
+    from workbench.finetuning.packing import encode
+
+    for record in synthesize(lab, word_problems, "oracle", n=3, out=tmp_path):
+        learnt = sum(label != -100 for label in encode(lab, record, "here").labels)
+        assert record["tokens_out"] == learnt
+
+
+def test_what_the_answers_depend_on_is_not_mixed_up_in_one_folder(lm: LM, lab: LM, tmp_path: Path) -> None:
+    """Precision, interventions in force, gold answers, test questions and the kind of judging: each makes it anew."""
+    from workbench.interventions import Residual
+
+    words, out = load_task("word-problems"), tmp_path / "a"
+    settings = {"n": 3, "samples": 1, "max_new_tokens": 24, "max_overlap": 1.0, "threshold": 1.0}
+    models = {"plain": synthesize(lab, words, out=out, **settings).card["parameters"]["model"]}
+    four = load_model("lab", quantization="nf4")
+    models["nf4"] = synthesize(four, words, out=out, **settings).card["parameters"]["model"]
+    push = Residual({3: 3 * torch.ones(lab.d_model)}, "all")
+    with lab.apply(push):
+        steered = synthesize(lab, words, out=out, **settings)
+    models["steered"] = steered.card["parameters"]["model"]
+    assert len({json.dumps(model) for model in models.values()}) == 3
+    with lab.apply(push):
+        assert steered.records == synthesize(lab, words, out=tmp_path / "b", **settings).records
+    assert synthesize(lab, words, out=out, **settings).records != steered.records
+
+    def sums(more: int, kind: str | None = None) -> Task:
+        file = tmp_path / "sums.jsonl"
+        rows = [{"question": f"{n}+1", "answer": f"{n + more}", "solution": f"Well {n + more} it is"} for n in range(4)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return load_task("sums", path=file, split="train", kind=kind)
+
+    made = [
+        synthesize(lm, each, "oracle", n=4, out=tmp_path / "c", threshold=1.0, max_overlap=1.0)
+        for each in (sums(1), sums(1, "text"), sums(2))
+    ]
+    assert [data.card["parameters"]["kind"] for data in made] == ["number", "text", "number"]
+    assert made[2].records[0]["answer"] != made[0].records[0]["answer"]
+    exams = [solved(tmp_path, "exam", questions, "test") for questions in (["7?"], ["7?", "2+1"])]
+    kept = [
+        len(
+            synthesize(
+                lm, sums(1), "oracle", n=4, out=tmp_path / "d", threshold=1.0, max_overlap=1.0, evaluation=e
+            ).kept
+        )
+        for e in exams
+    ]
+    assert kept == [4, 3]

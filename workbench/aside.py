@@ -85,3 +85,5 @@ def write_aside(folder: Path, rows: Iterable[BadRow]) -> None:
     text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
     if text:
         write_atomic(folder / "bad_rows.jsonl", text)
+    else:
+        (folder / "bad_rows.jsonl").unlink(missing_ok=True)  # of an earlier start, before the file was mended

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 
@@ -57,6 +57,9 @@ class Served:
     dollars_a_million: tuple[float, float]
     cache: Path | None
     spent: Spent = field(default_factory=Spent, compare=False)
+    _held: list[float] = field(
+        default_factory=lambda: [0.0], repr=False, compare=False
+    )  # dollars, for what is in flight
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
     _next: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
 
@@ -67,9 +70,23 @@ class Served:
 
     def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
         """Refused: a server does not say its tokens."""
-        raise ServerError(
-            f"{self.name!r} is served by {self.url}, which does not give its tokens. Steps that count or score tokens "
-            "(oracle, edits, scores) need a loaded model: run them with load_model(...) on what was sampled here."
+        raise self._lacks("tokens")
+
+    @property
+    def tokenizer(self) -> NoReturn:
+        """Refused, as `encode`."""
+        raise self._lacks("tokenizer")
+
+    @property
+    def model(self) -> NoReturn:
+        """Refused: the weights are the server's."""
+        raise self._lacks("weights")
+
+    def _lacks(self, what: str) -> ServerError:
+        return ServerError(
+            f"{self.name!r} is served by {self.url}, which does not give its {what}. What counts or scores tokens, or "
+            "writes in the user's turn (oracle, reviewed, magpie, self_instruct, evolve, student_paced, edits, scores) "
+            "needs load_model(...). Sampling alone (rejection, star, critique, programs, from_corpus) works here."
         )
 
     def generate(
@@ -89,6 +106,8 @@ class Served:
         Raises `ServerError` when the server refuses a request or keeps failing, and when the cost limit is reached;
         what was answered before is in the cache, if there is one.
         """
+        if isinstance(prompts, str):
+            raise ServerError("prompts is one string. Give a list of prompts: [prompt].")
         seeds = [seed + number for number in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise ServerError(f"{len(seeds)} seeds for {len(prompts)} prompts. Give one number, or one a prompt.")
@@ -118,15 +137,19 @@ class Served:
         file = self.cache / f"{content_key(url=self.url, body=body)}.json" if self.cache else None
         if file is not None and file.exists():
             return _generation(json.loads(file.read_text(encoding="utf-8")), 0.0)
-        self._check_budget(body)
+        most = self._reserved(body)
         begin = time.perf_counter()
-        answer = self._asked(client, body)
-        found = _generation(answer, time.perf_counter() - begin)
-        with self._lock:
-            self.spent.requests += 1
-            self.spent.tokens_in += found.tokens_in
-            self.spent.tokens_out += found.tokens_out
-            self.spent.dollars += self._price(found.tokens_in, found.tokens_out)
+        try:
+            answer = self._asked(client, body)
+            found = _generation(answer, time.perf_counter() - begin)
+            with self._lock:
+                self.spent.requests += 1
+                self.spent.tokens_in += found.tokens_in
+                self.spent.tokens_out += found.tokens_out
+                self.spent.dollars += self._price(found.tokens_in, found.tokens_out)
+        finally:
+            with self._lock:
+                self._held[0] -= most
         if file is not None:
             write_atomic(file, json.dumps(answer, ensure_ascii=False))
         return found
@@ -134,21 +157,20 @@ class Served:
     def _price(self, tokens_in: int, tokens_out: int) -> float:
         return (tokens_in * self.dollars_a_million[0] + tokens_out * self.dollars_a_million[1]) / 1e6
 
-    def _check_budget(self, body: dict[str, Any]) -> None:
-        """Refuse a request that could pass the limit, with those in flight counted as long as they can get."""
-        if self.max_dollars is None:
-            return
-        read = (
-            sum(len(message["content"]) for message in body["messages"]) // 2
-        )  # no tokenizer packs less than 2 a token
+    def _reserved(self, body: dict[str, Any]) -> float:
+        """What a request can cost at most, set aside; refused where that and all that is set aside pass the limit."""
+        # a token is a byte at least, and a template adds a few to each message
+        read = sum(len(message["content"].encode()) + 16 for message in body["messages"])
         most = self._price(read, body["max_tokens"])
         with self._lock:
-            if self.spent.dollars + self.workers * most > self.max_dollars:
+            if self.max_dollars is not None and self.spent.dollars + self._held[0] + most > self.max_dollars:
                 raise ServerError(
                     f"The limit of {self.max_dollars:.4g} dollars is reached: {self.spent.dollars:.4g} are spent on "
-                    f"{self.spent.requests} answers, and {self.workers} requests of up to {most:.2g} each may be under "
-                    "way. Raise max_dollars and start again: what was saved is not asked again."
+                    f"{self.spent.requests} answers, those under way may take {self._held[0]:.2g} and the next one "
+                    f"{most:.2g}. Raise max_dollars and start again: what was saved is not asked again."
                 )
+            self._held[0] += most
+        return most
 
     def _asked(self, client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
         """The server's JSON answer, after as many tries as allowed."""

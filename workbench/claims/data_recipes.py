@@ -2,7 +2,8 @@
 
 Every arm asks the same questions of the training split and hands the same number of answer tokens to the same LoRA
 training; then the student answers the same test questions without any cue. Recipes that yield fewer tokens hand over
-all they have, which their line shows. Nothing is chosen on the test split.
+all they have; wrong chains beside right ones, and stages, hand over more: the line says how many. Equal answer tokens
+are not equal steps: short answers come with more prompts. Nothing is chosen on the test split.
 """
 
 import argparse
@@ -122,20 +123,29 @@ def _mixed(
     made = {part: bench.sampled(seed, out / part, **settings) for part, settings in parts.items()}
     held = min(sum(r["tokens_out"] for r in made[part].kept) / share for part, share in shares.items())
     cut = mix(made, out / "arms" / name, shares=shares, tokens=int(min(bench.tokens, held)), seed=seed)
-    cards = [data.card for data in made.values()]
+    return bench.tested(seed, out, cut, name, _together(*made.values()))
+
+
+def _together(first: Data, *others: Data) -> Data:
+    """The first set with a card on which the costs and counts of all are added."""
+    cards = [data.card for data in (first, *others)]
     cost = {k: sum(card["cost"][k] for card in cards) for k in ("calls", "tokens_out", "seconds")}
-    total = {"cost": cost, "counts": {"kept": sum(card["counts"]["kept"] for card in cards)}}
-    return bench.tested(seed, out, cut, name, replace(cut, card=total))
+    return replace(first, card={"cost": cost, "counts": {"kept": sum(card["counts"]["kept"] for card in cards)}})
 
 
 def _probed(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Results, dict[str, Any]]:
-    """Right and wrong chains of half of the questions fit the probe; it orders the records of the other half."""
+    """Right and wrong chains of each half of the questions fit a probe; it scores the records of the other half."""
     data = bench.sampled(seed, out, negatives=1)
-    first = {row["id"] for row in bench.task.rows("train", n=bench.questions // 2, seed=seed)}
-    right, wrong = ([r for r in found if r["row_id"] in first] for found in (data.kept, data.negatives))
+    first = {str(row["id"]) for row in bench.task.rows("train", n=bench.questions // 2, seed=seed)}
 
     def score(records: list[Record]) -> list[float]:
-        return scores.probed(records, lm=bench.lm, right=right, wrong=wrong)
+        found: dict[str, float] = {}
+        for half in (True, False):
+            right, wrong = ([r for r in part if (r["row_id"] in first) == half] for part in (data.kept, data.negatives))
+            others = [record for record in records if (record["row_id"] in first) != half]
+            values = scores.probed(others, lm=bench.lm, right=right, wrong=wrong) if others else []
+            found |= {record["id"]: value for record, value in zip(others, values, strict=True)}
+        return [found[record["id"]] for record in records]
 
     return bench.taught(seed, out, data, name, score=score)
 
@@ -154,8 +164,8 @@ def _programs(bench: Bench, seed: int, out: Path, *, name: str, again: bool) -> 
     assert isinstance(writer, Adapter)
     with bench.lm.apply(writer):
         settings: dict[str, Any] = {"strategy": Strategy("bare"), "samples": bench.samples, "out": out / "own-programs"}
-        data = synthesize(bench.lm, asking, "programs", bench.questions, seed + 100, **settings)
-    return bench.taught(seed, out, data, name, task=asking)
+        data = synthesize(bench.lm, bench.task, "programs", bench.questions, seed + 100, **settings)
+    return bench.tested(seed, out, bench.cut(seed, out, data, name), name, _together(data, first), task=asking)
 
 
 def _conditioned(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Results, dict[str, Any]]:
@@ -168,19 +178,23 @@ def _conditioned(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Resu
 
 
 def _internalised(bench: Bench, seed: int, out: Path, *, name: str) -> tuple[Results, dict[str, Any]]:
-    """Stages with 0, 1, 2, 4 and all first steps removed, two epochs each (internalised chain of thought)."""
-    stages, made = [], None
+    """Stages with 0, 1, 2, 4 and all first steps removed, two epochs each (internalised chain of thought).
+
+    Each stage hands over the whole budget, so that what is learnt in all is more than in another arm; its line says it.
+    """
+    stages, learnt = [], list[Record]()
     for removed in (0, 1, 2, 4, 99):
         edit = partial(edits.without_steps, removed=removed)
         made = bench.sampled(seed, out, edits=[edit], threshold=1.0)
-        stages.append(Stage(f"without-{removed}", bench.cut(seed, out, made, f"{name}-{removed}")))
-    assert made is not None
+        cut = bench.cut(seed, out, made, f"{name}-{removed}")
+        stages.append(Stage(f"without-{removed}", cut))
+        learnt += cut.records
     staged = finetune_stages(
         bench.lm, stages, out / "adapters" / name, epochs=2, batch_tokens=bench.batch_tokens,
         quantization="none", seed=seed,
     )  # fmt: skip
     asked: dict[str, Any] = {"n": bench.n, "seed": 0, "max_new_tokens": bench.limit}
-    return evaluate(bench.lm, bench.task, {name: [staged.adapter]}, **asked), bench.facts(made, made)
+    return evaluate(bench.lm, bench.task, {name: [staged.adapter]}, **asked), bench.facts(Data(out, learnt, {}), made)
 
 
 def _settings(bench: Bench) -> dict[str, dict[str, Any]]:

@@ -39,6 +39,7 @@ def run_cells(arms: Mapping[str, Work], seeds: Sequence[int], out: Path, setting
     """Every arm with every seed, seed by seed; a cell that was saved under the same settings is read.
 
     An arm that raises ValueError is told and left out of the table: a recipe may make nothing that can be learnt from.
+    It is not saved, so the next start tries it again.
     """
     cells = []
     for number, (seed, name) in enumerate((seed, name) for seed in seeds for name in arms):
@@ -53,10 +54,10 @@ def run_cells(arms: Mapping[str, Work], seeds: Sequence[int], out: Path, setting
                 rows = results.rows.set_index("id")
                 saved = {"correct": rows.correct.map(bool).to_dict(), "tokens_out": rows.tokens_out.map(int).to_dict()}
                 saved["facts"] = {**facts, "seconds": time.perf_counter() - begin}
+                saved |= {"key": key, "arm": name, "seed": seed}
+                write_atomic(file, json.dumps(saved, ensure_ascii=False))
             except ValueError as error:
                 saved = {"correct": {}, "tokens_out": {}, "facts": {"failed": str(error)}}
-            saved |= {"key": key, "arm": name, "seed": seed}
-            write_atomic(file, json.dumps(saved, ensure_ascii=False))
         cells.append(Cell(name, seed, saved["correct"], saved["tokens_out"], saved["facts"]))
     return cells
 
@@ -65,7 +66,8 @@ def table(cells: Sequence[Cell], baseline: str) -> pd.DataFrame:
     """A line an arm: accuracy, its spread over seeds, the paired difference to `baseline`, facts as means over seeds.
 
     Columns: arm, seeds, n (questions), accuracy, low, high, by_seed, difference, difference_low, difference_high,
-    p_holm (sign-flip over questions, Holm over the arms), tokens_out, then every number among the facts.
+    p_holm (sign-flip over questions, Holm over the arms), tokens_out, then every number among the facts, and note (why
+    a seed failed). seconds is a cell's own wall clock: what an earlier cell had saved already is not in it.
     """
     by_arm: dict[str, dict[int, Cell]] = {}
     for cell in cells:
@@ -74,8 +76,10 @@ def table(cells: Sequence[Cell], baseline: str) -> pd.DataFrame:
     for name, own in by_arm.items():
         done = {seed: cell for seed, cell in own.items() if cell.correct}
         line: dict[str, Any] = {"arm": name, "seeds": len(done)}
+        failed = [f"seed {seed}: {cell.facts['failed']}" for seed, cell in own.items() if "failed" in cell.facts]
+        line |= {"note": "; ".join(failed)} if failed else {}
         if not done:
-            lines.append(line | {"note": next(iter(own.values())).facts.get("failed", "")})
+            lines.append(line)
             continue
         ids = list(next(iter(done.values())).correct)
         right = [float(cell.correct[question]) for cell in done.values() for question in ids]

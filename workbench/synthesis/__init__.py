@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from workbench.aside import write_aside
 from workbench.files import content_key
-from workbench.synthesis import programs, questions, recipes, roles
+from workbench.synthesis import overlap, programs, questions, recipes, roles
 from workbench.synthesis.card import make_card, write_records
 from workbench.synthesis.records import Data, load_data
 from workbench.synthesis.sampling import Attempt, Edit, Recipe, Row, Settings
-from workbench.synthesis.selection import Dedup, Select, drop_leaks, drop_repeats, make_records
-from workbench.synthesis.stages import described, in_chunks, plain
+from workbench.synthesis.selection import Dedup, Select, drop_leaks, drop_repeats, exam_questions, make_records
+from workbench.synthesis.stages import described, in_chunks, plain, plain_json
 
 if TYPE_CHECKING:
     from workbench.models import LM
@@ -79,28 +79,30 @@ def synthesize(
     chosen = Settings(strategy=strategy, seed=seed, **_known(settings))
     make = _recipe(recipe)
     numbers = {"n": n, "samples": chosen.samples, "max_new_tokens": chosen.max_new_tokens, "chains": chains}
-    _check(make, numbers | {"chunk_size": chunk_size}, chosen, max_overlap)
+    _check(make, numbers | {"chunk_size": chunk_size}, chosen, max_overlap, negatives)
+    overlap.check_threshold(threshold)
     _check_choices(select=(select, Select), dedup=(dedup, Dedup), file_format=(file_format, FileFormat))
     out = Path(out)
     exams = [task] if evaluation is None else list(evaluation) if isinstance(evaluation, Sequence) else [evaluation]
     rows = task.rows(split=split, n=n, seed=seed)
     sampling = _sampling(make, lm, task, chosen)
-    asked = {"questions": content_key(questions=[[row["id"], row["question"]] for row in rows]), "n": len(rows)}
+    asked = {"questions": content_key(rows=plain_json(rows)), "n": len(rows)}
+    exam = exam_questions(exams)
     finishing = {
         "split": split, "edits": [described(edit) for edit in edits], "select": select, "chains": chains,
         "negatives": negatives, "dedup": dedup, "threshold": threshold, "max_overlap": max_overlap,
-        "evaluation": [exam.name for exam in exams],
+        "evaluation": {name: content_key(questions=found)[:12] for name, found in exam.items()},
     }  # fmt: skip
     key = content_key(sampling=sampling, asked=asked, finishing=finishing | {"file_format": file_format})
     if not _finished(out, key):
         attempts, costs = _attempts(make, edits, lm, task, rows, chosen, sampling, chunk_size, out)
         records = make_records(attempts, sampling | {"edits": finishing["edits"]}, task.name, select, chains, negatives)
-        shared = drop_leaks(records, exams, max_overlap)
+        shared = drop_leaks(records, exam, max_overlap)
         drop_repeats(records, threshold, dedup)
         file = write_records(out, records, file_format)
-        write_aside(out, task.bad)
         parameters = sampling | asked | finishing
         make_card(out, file, records, len(attempts), key=key, parameters=parameters, costs=costs, overlap=shared)
+    write_aside(out, task.bad)
     return load_data(out)
 
 
@@ -130,7 +132,8 @@ def _attempts(
 def _sampling(make: Recipe, lm: "LM", task: "Task", settings: Settings) -> dict[str, Any]:
     """What the sampled text depends on besides the questions, as plain JSON values."""
     recipe = described(make)
-    values = {"recipe": recipe.pop("name"), "task": task.name, "model": plain(lm), **asdict(settings)}
+    values = {"recipe": recipe.pop("name"), "task": task.name, "kind": task.kind, "model": plain(lm)}
+    values |= asdict(settings)
     values.pop("batch_size")  # rows are independent of the batch around them, so it may change between two starts
     return json.loads(json.dumps(values | ({"own": recipe} if recipe else {})))
 
@@ -159,10 +162,12 @@ def _check_choices(**choices: tuple[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} is not known. Choose one of {', '.join(get_args(allowed))}.")
 
 
-def _check(make: Recipe, numbers: dict[str, int], settings: Settings, limit: float) -> None:
+def _check(make: Recipe, numbers: dict[str, int], settings: Settings, limit: float, negatives: int) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name}={number} is too small: give 1 or more.")
+    if negatives < 0:
+        raise ValueError(f"negatives={negatives} is too small: give 0 for none, or how many wrong chains a question.")
     if not 0 <= limit <= 1:
         raise ValueError(f"max_overlap={limit} is no share: give a number from 0 to 1, such as 0.05.")
     if make is not recipes.oracle and settings.temperature == 0 and settings.samples > 1:
@@ -173,5 +178,7 @@ def _check(make: Recipe, numbers: dict[str, int], settings: Settings, limit: flo
 
 
 def _finished(out: Path, key: str) -> bool:
-    card = out / "card.json"
-    return card.exists() and json.loads(card.read_text(encoding="utf-8"))["key"] == key
+    if not (out / "card.json").exists():
+        return False
+    card = json.loads((out / "card.json").read_text(encoding="utf-8"))
+    return card["key"] == key and (out / card["records"]["file"]).exists()

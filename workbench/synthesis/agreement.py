@@ -9,6 +9,7 @@ circular data, weights for raters. The interval draws whole units (or clusters o
 
 import math
 from collections.abc import Hashable, Sequence
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -137,8 +138,10 @@ def _coincidences(ratings: Ratings, level: Level) -> tuple[Float[np.ndarray, "un
             f"{len(ratings)} raters with {sorted(lengths)} units. Write None where a rating is missing."
         )
     values = list(dict.fromkeys(value for row in ratings for value in row if value is not None))
+    if any(value != value for value in values):
+        raise ValueError("A rating is nan. Write None where a rating is missing.")
     if level != "nominal":
-        wrong = [value for value in values if not isinstance(value, int | float) or not math.isfinite(value)]
+        wrong = [value for value in values if not isinstance(value, Real) or not math.isfinite(value)]
         if wrong:
             raise ValueError(f"{level} ratings are finite numbers, or None; got {wrong[0]!r}. Use level='nominal'.")
         values.sort()

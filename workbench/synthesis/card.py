@@ -101,7 +101,7 @@ def _markdown(card: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
         *("| " + " | ".join([name, *(f"{v:g}" for v in found.values())]) + " |" for name, found in lengths),
         "",
-        f"Cost: {cost.get('calls', 0):,} answers, {cost.get('tokens_in', 0):,} tokens in, "
+        f"Cost: {cost.get('calls', 0):,} calls, {cost.get('tokens_in', 0):,} tokens in, "
         f"{cost.get('tokens_out', 0):,} tokens out, {cost.get('seconds', 0):.1f} s.",
         "",
         f"Overlap: {card['overlap']['dropped']} verified records shared 13 tokens in a row with one of "

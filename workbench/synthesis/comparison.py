@@ -29,7 +29,7 @@ def side_by_side(sets: Mapping[str, Data], lm: "LM", most: int = 200) -> pd.Data
         share = wilson(answered, asked)
         row = {"recipe": name, "n": asked, "kept": len(data.kept), "share": share.estimate}
         row |= {"low": share.low, "high": share.high}
-        row["tokens"] = median([record["tokens_out"] for record in kept]) if kept else 0
+        row["tokens"] = median([record["tokens_out"] for record in data.kept]) if kept else 0
         row["variety"] = 100 * vendi(gradients(lm, kept)) / len(kept) if kept else 0.0
         row["cost"] = card["cost"]["tokens_out"] / max(1, len(data.kept))
         rows.append(row | {name: card["cost"][name] for name in ("calls", "seconds")})

@@ -2,9 +2,10 @@
 
 An edit is a function `(lm, task, attempts, settings) -> list[Attempt]`; keyword arguments beyond these are its own, set
 by `functools.partial(edit, name=value)`. It changes every sampled answer, counts its tokens anew and asks the verifier
-anew, so an edit that loses the answer makes it unusable instead of wrong. What an edit can't do to a text (no equation
-in it, say) makes that answer unusable too, with the reason in the record. Equations, programs and words for one
-solution are the renderings that arXiv 2401.11864 and 2312.10730 train on together.
+anew, so an edit that loses the answer makes it unusable. What an edit can't do to a text (no equation in it, say) makes
+that answer unusable too, with the reason in the record, and no later edit looks at it. Where something else than the
+gold answer decided (reviewers, agreement), its word stands as long as the edited text gives the same answer. Equations,
+programs and words for one solution are the renderings that arXiv 2401.11864 and 2312.10730 train on together.
 
 Sentences are told apart by full stops, question and exclamation marks and line breaks. The closing sentence is the
 last one: it states the answer, and every edit leaves it as it is.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from workbench.synthesis.sampling import Attempt, Settings, judged, row_of
+from workbench.synthesis.sampling import Attempt, Settings, judged, row_of, tokens_of
 
 if TYPE_CHECKING:
     from workbench.models import LM
@@ -24,9 +25,10 @@ if TYPE_CHECKING:
 __all__ = ["as_programs", "compact", "drop_improbable", "equations", "in_words", "without_steps"]
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\n+")
-_NUMBER = r"[$€£]?-?\d[\d,]*(?:\.\d+)?%?"
+_NUMBER = r"[$€£]?-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?%?"
 _EQUATION = re.compile(rf"[(]*{_NUMBER}[)]*(?:\s*[-+*/×÷x]\s*[(]*{_NUMBER}[)]*)+\s*=\s*{_NUMBER}")
 _BINARY = re.compile(rf"({_NUMBER})\s*([-+*/×÷x])\s*({_NUMBER})\s*=\s*({_NUMBER})")
+_LONGER = re.compile(r"[\d)%](?:\s*[-+*/×÷x]\s*)?$")  # what stands before the last two numbers of a longer sum
 _SPOKEN = {"+": "{a} plus {b} is {c}.", "-": "{a} minus {b} is {c}.", "*": "{a} times {b} is {c}.",
            "/": "{a} divided by {b} is {c}."}  # fmt: skip
 CONNECTORS = ("so", "then", "therefore", "next", "finally")
@@ -63,11 +65,14 @@ def in_words(lm: "LM", task: "Task", attempts: list[Attempt], settings: Settings
     """Each equation of two numbers spoken out: '34+27=61' becomes '34 plus 27 is 61.'; other words stay."""
 
     def spoken(match: re.Match[str]) -> str:
+        if _LONGER.search(match.string[: match.start()]):
+            return match[0]
         a, sign, b, c = match.groups()
         return _SPOKEN[{"×": "*", "x": "*", "÷": "/"}.get(sign, sign)].format(a=a, b=b, c=c).removesuffix(".")
 
     def rendered(text: str) -> str:
-        return _BINARY.sub(spoken, text) if _BINARY.search(text) else ""
+        new = _BINARY.sub(spoken, text)
+        return new if new != text else ""
 
     return _edited(lm, task, attempts, lambda sample, _: rendered(sample["text"]), "no equation in it")
 
@@ -89,9 +94,9 @@ def as_programs(lm: "LM", task: "Task", attempts: list[Attempt], settings: Setti
                 "answer": attempt["answer"],
                 "solutions": {"steps": sample["text"]},
             }
-            program = as_program(steps) if sample["correct"] else None
-            new = {"text": program, "tokens_out": len(lm.encode(program)) + 1} if program else {"correct": False}
-            samples.append(sample | new | ({} if program else {"why": "no program in it"}))
+            program = as_program(steps) if sample["correct"] and "why" not in sample else None
+            new = {"text": program, "tokens_out": tokens_of(lm, program)} if program else {}
+            samples.append({"why": "no program in it", **sample} if program is None else sample | new)
         changed.append({**attempt, "samples": samples})
     return changed
 
@@ -174,9 +179,10 @@ def drop_improbable(
     """
     if not 0 < threshold < 1:
         raise ValueError(f"threshold={threshold} is no probability: give a number between 0 and 1, such as 0.01.")
-    reader = student or lm
-    texts = [(attempt, sample["text"]) for attempt in attempts for sample in attempt["samples"]]
-    worst = iter(_least_likely(reader, texts))
+    texts = [
+        (attempt, sample["text"]) for attempt in attempts for sample in attempt["samples"] if _open(attempt, sample)
+    ]
+    worst = iter(_least_likely(student or lm, texts))
 
     def probable(sample: dict[str, Any], _: str) -> str:
         *steps, closing = sentences(sample["text"])
@@ -218,12 +224,19 @@ def _edited(
     for attempt in attempts:
         samples = []
         for number, sample in enumerate(attempt["samples"]):
-            text = change(sample, f"{seed}/{attempt['row_id']}/{number}") if sample["text"] else ""
+            text = change(sample, f"{seed}/{attempt['row_id']}/{number}") if _open(attempt, sample) else ""
             if not text:
-                samples.append(sample | {"correct": False, "why": why_empty})
+                samples.append({"why": why_empty, **sample})  # the first reason stays
                 continue
-            counted = len(lm.encode(text)) + 1  # the end token, which a sampled answer counts too
-            new = judged(task, row_of(attempt), text, sample["tokens_in"], counted, sample["finished"])
+            sizes = sample["tokens_in"], tokens_of(lm, text)
+            new = judged(task, row_of(attempt), text, *sizes, sample["finished"])
+            if "by" in sample:
+                new["correct"] = sample["correct"] and new["extracted"] == sample["extracted"]
             samples.append({**sample, **new})
         changed.append({**attempt, "samples": samples})
     return changed
+
+
+def _open(attempt: Attempt, sample: dict[str, Any]) -> bool:
+    """Whether there is something to edit: a text that no edit failed on, to a question that has an answer."""
+    return bool(sample["text"]) and "why" not in sample and "dropped" not in attempt

@@ -46,23 +46,26 @@ def mix(
         score: records -> numbers; the highest are taken first, instead of a random draw.
         seed: draws and shuffles.
 
-    A question is taken from one part only, unless there is no other. Raises `ValueError` for shares, budgets and orders
-    that can't be, before anything is written.
+    With shares, a question is taken from one part only, unless there is no other. Raises `ValueError` for shares,
+    budgets and orders that can't be, before anything is written.
     """
     sets = {name: part if isinstance(part, Data) else load_data(part) for name, part in parts.items()}
     shares = dict(shares) if shares is not None else None
     _check(sets, shares, records, tokens, order)
-    pools = {name: _ranked(data.kept, balance, score, f"{seed}/{name}") for name, data in sets.items()}
+    pools = {
+        name: [record | {"part": name} for record in _shuffled(d.kept, f"{seed}/{name}")] for name, d in sets.items()
+    }
     if shares is None:
-        everything = [record | {"part": name} for name, pool in pools.items() for record in pool]
-        taken = _take(_ranked(everything, balance, score, str(seed)), records, tokens, set())
-        _check_filled(" and ".join(sets), taken, len(everything), records, tokens)
+        pool = _ranked(_shuffled(list(chain(*pools.values())), str(seed)), balance, score)
+        taken = _take(pool, records, tokens, set())
+        _check_filled(" and ".join(sets), taken, len(pool), records, tokens)
     else:
         taken, asked = [], set[str]()
         for name, share in shares.items():
             most, long = (None if limit is None else round(limit * share) for limit in (records, tokens))
-            found = _take([record | {"part": name} for record in pools[name]], most, long, asked)
-            _check_filled(name, found, len(pools[name]), most, long)
+            pool = _ranked(pools[name], balance, score)
+            found = _take(pool, most, long, asked)
+            _check_filled(name, found, len(pool), most, long)
             asked |= {_question(record) for record in found}
             taken += found
     chosen = _ordered(taken, order, seed)
@@ -82,6 +85,13 @@ def _check(
     empty = [name for name, data in sets.items() if not data.kept]
     if empty:
         raise ValueError(f"The parts {', '.join(empty)} hold no kept record. Leave them out, or make them anew.")
+    for name, data in sets.items():
+        bare = next((place for place, r in enumerate(data.kept, start=1) if not {"id", "tokens_out"} <= r.keys()), None)
+        if bare is not None:
+            raise ValueError(
+                f"Kept record {bare} of the part {name!r} has no id or no tokens_out (tokens of its answer): "
+                "mix() counts by them. Use what synthesize() made, or add the two fields to each record."
+            )
     if order not in get_args(Order):
         raise ValueError(f"order={order!r} is not known. Choose one of {', '.join(get_args(Order))}.")
     if records is not None and tokens is not None:
@@ -96,6 +106,9 @@ def _check(
             raise ValueError(f"shares={dict(shares)} must each be above 0 and sum to 1.")
         if records is None and tokens is None:
             raise ValueError("shares need a budget to be shares of: give records= or tokens=.")
+        none = [name for name, share in shares.items() if round((records or tokens or 0) * share) < 1]
+        if none:
+            raise ValueError(f"The budget is too small: the shares of {', '.join(none)} come to nothing. Raise it.")
     if order in ("easy first", "hard first"):
         unknown = next(
             (r for data in sets.values() for r in data.kept if not isinstance(r.get("solve_rate"), float)), None
@@ -107,10 +120,15 @@ def _check(
             )
 
 
-def _ranked(records: Sequence[Record], balance: str | None, score: Score | None, seed: str) -> list[Record]:
-    """Records in the order in which they are taken: best or random, and the values of `balance` in turn."""
+def _shuffled(records: Sequence[Record], seed: str) -> list[Record]:
+    shuffled = list(records)
+    Random(seed).shuffle(shuffled)
+    return shuffled
+
+
+def _ranked(records: Sequence[Record], balance: str | None, score: Score | None) -> list[Record]:
+    """Shuffled records in the order in which they are taken: the best first, and the values of `balance` in turn."""
     ranked = list(records)
-    Random(seed).shuffle(ranked)
     if score is not None:
         values = score(ranked)
         ranked = [ranked[i] for i in sorted(range(len(ranked)), key=lambda i: -values[i])]
@@ -161,8 +179,7 @@ def _check_filled(name: str, found: Sequence[Record], held: int, records: int | 
 def _ordered(records: list[Record], order: Order, seed: int) -> list[Record]:
     if order == "sequential":
         return records
-    mixed = list(records)
-    Random(f"order/{seed}").shuffle(mixed)
+    mixed = _shuffled(records, f"order/{seed}")
     if order == "mixed":
         return mixed
     field, down = {

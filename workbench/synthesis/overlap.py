@@ -82,6 +82,12 @@ def contamination(questions: Sequence[str], evaluation: Mapping[str, str], n: in
     return [reason(question) for question in questions]
 
 
+def check_threshold(threshold: float) -> None:
+    """Refuse what is no similarity."""
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold} is no similarity. Give a number above 0 and at most 1, such as 0.8.")
+
+
 def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[int | None]:
     """For each text, the index of the earlier kept text that it repeats, or None when it is new.
 
@@ -91,8 +97,7 @@ def near_duplicates(texts: Sequence[str], threshold: float = 0.8) -> list[int | 
     >>> near_duplicates(["Ana has 3 cats.", "Bo runs 5 km a day.", "ana has 3 cats"])
     [None, None, 0]
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold} is no similarity. Give a number above 0 and at most 1, such as 0.8.")
+    check_threshold(threshold)
     shingles = [runs(tokens(text), 3) for text in texts]
     unique = {sequence: index for index, sequence in reversed(list(enumerate(map(tokens, texts))))}
     frequency = Counter(shingle for index in unique.values() for shingle in shingles[index])
@@ -144,8 +149,7 @@ def minhash_duplicates(
     >>> minhash_duplicates(["Ana has 3 cats.", "Bo runs 5 km a day.", "ana has 3 cats"])
     [None, None, 0]
     """
-    if not 0 < threshold <= 1:
-        raise ValueError(f"threshold={threshold} is no similarity. Give a number above 0 and at most 1, such as 0.8.")
+    check_threshold(threshold)
     rows = _rows_a_band(threshold, permutations)
     draws = np.random.default_rng(seed).integers(1, 2**63, size=(2, permutations), dtype=np.uint64)
     factors, offsets = draws[0] | np.uint64(1), draws[1]  # multiply-shift hashing wants odd factors

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["programs"]
 
 SHOTS = Strategy("3 shots, program", INSTRUCTIONS["program"], 3, "program")
+_ANSWERED = ", programs"  # how a task's name ends when programs answer it
 _NUMBER = r"\d+(?:\.\d+)?"
 _EQUATION = re.compile(rf"(?<![\w.])(-?(?:{_NUMBER}\s*[-+*/]\s*)+{_NUMBER})\s*=\s*(-?{_NUMBER})(?!\d|\s*[-+*/=]\s*\d)")
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
@@ -50,8 +51,8 @@ def programs(
 
     Raises:
         SandboxError: this machine can't isolate the programs; nothing was asked.
+        ValueError: `task` is a `program_task`, which would run what the programs print.
     """
-    required()
     asking = program_task(task)
     prompts = [lm.render(asking.messages(row, settings.strategy or SHOTS)) for row in rows]
     found = sampled(lm, rows, prompts, settings)
@@ -78,9 +79,11 @@ def program_task(task: Task, limits: Limits | None = None) -> Task:
 
     Each row has `solutions["program"]` where its steps are equations; `verify` judges the last printed line, and a
     program that fails, prints nothing or meets a limit counts as unparsed.
-    Raises `SandboxError` at once where programs can't be isolated.
+    Raises `SandboxError` at once where programs can't be isolated, and ValueError for a task that is one already.
     """
     required()
+    if task.name.endswith(_ANSWERED):
+        raise ValueError(f"Task {task.name!r} is answered by programs already. Give the task that it was made of.")
 
     def draw(split: str, n: int | None, seed: int) -> list[Row]:
         return [_with_program(row) for row in task.draw(split, n, seed)]
@@ -90,7 +93,7 @@ def program_task(task: Task, limits: Limits | None = None) -> Task:
         answer = printed(outcome)
         return Verdict(False, None) if answer is None else task.judge(row, answer)
 
-    return replace(task, name=f"{task.name}, programs", draw=draw, judge=judge)
+    return replace(task, name=f"{task.name}{_ANSWERED}", draw=draw, judge=judge)
 
 
 def _with_program(row: Row) -> Row:

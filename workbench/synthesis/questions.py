@@ -17,7 +17,8 @@ from workbench.prompts import examples_for
 from workbench.synthesis.corpus import located, parsed, passages
 from workbench.synthesis.overlap import tokens
 from workbench.synthesis.roles import Role, written
-from workbench.synthesis.sampling import Attempt, Row, Settings, attempt_of, row_seed, sampled, spent
+from workbench.synthesis.sampling import NOTHING, Attempt, Row, Settings, attempt_of, row_seed, sampled, spent
+from workbench.synthesis.sampling import tokens_of as counted
 from workbench.tasks.answers import extract
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from workbench.tasks import Task
 
 MARK = "QmarkQ"  # stands for the user's words while the template is read
-NOTHING = "(no answer)"
 OPERATORS = {
     "constrain": "Add one more condition to this question.",
     "deepen": "Change this question so that it takes more knowledge to answer.",
@@ -36,6 +36,7 @@ OPERATORS = {
     "broaden": "Write a new and rarer question of the same subject, as long and as hard as this one.",
 }  # after the operators of WizardLM, in words of our own
 REWRITER = Role("{operator} Reply with the new question alone.\n\nQuestion: {question}")
+MORE = Role("Here are some questions:\n\n{list}\n\nWrite one more of their kind. Reply with the question alone.")
 READER = Role(
     "Read this passage.\n\n{passage}\n\nWrite a question that the passage answers, the answer, and the words of the "
     "passage that show it, copied exactly, in three lines:\nQuestion: ...\nAnswer: ...\nQuote: ..."
@@ -101,11 +102,8 @@ def self_instruct(
         made = _drawn(lm, rows, [start for start, _ in starts], user_prefix(lm)[1], settings, temperature)
     else:
         parts = [{"list": "\n".join(f"- {each['question']}" for each in examples)} for examples in seeds]
-        role = Role(
-            "Here are some questions:\n\n{list}\n\nWrite one more of their kind. Reply with the question alone."
-        )
         names = [f"{row['id']}/question" for row in rows]
-        made = [_read(lm, g) for g in written(lm, role, names, parts, replace(settings, temperature=temperature))]
+        made = [_read(lm, g) for g in written(lm, MORE, names, parts, replace(settings, temperature=temperature))]
     drafts = []
     for row, found, examples in zip(rows, made, seeds, strict=True):
         draft = _draft(lm, task, row, "self_instruct", settings, *found)
@@ -163,6 +161,8 @@ def from_corpus(
     corpus: a UTF-8 file; longest: characters of a passage (`corpus.passages`). context: put the passage before the
     question in the record; without it, the record asks what the model should know by heart.
     """
+    from workbench.served import Served
+
     found = passages(Path(corpus), longest)
     picked = [found[row_seed(settings.seed, f"{row['id']}/passage", 0) % len(found)] for row in rows]
     asked = [(row, passage, k) for row, passage in zip(rows, picked, strict=True) for k in range(settings.samples)]
@@ -178,6 +178,8 @@ def from_corpus(
         new = {"id": f"{row['id']}/corpus/{k}", "answer": text["answer"] if text else ""}
         new["question"] = f"{passage.text}\n\n{question}" if context else question
         sample = _sample(generation, new["answer"] or NOTHING) | {"correct": why is None, "by": "quote"}
+        if why is None and not isinstance(lm, Served):  # a server says no tokens: there it is all that was written
+            sample["tokens_out"] = counted(lm, new["answer"])
         about: dict[str, Any] = {"file": Path(corpus).name, "passage": passage.number}
         if text and span:
             about |= {"span": [passage.start + end for end in span], "quote": text["quote"]}

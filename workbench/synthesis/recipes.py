@@ -8,7 +8,7 @@ them into the card. Sampling and judging are in `sampling`, the choice among sam
 from typing import TYPE_CHECKING
 
 from workbench.results import shows_steps
-from workbench.synthesis.sampling import Attempt, Row, Settings, answered, attempt_of, judged
+from workbench.synthesis.sampling import Attempt, Row, Settings, answered, attempt_of, judged, tokens_of
 from workbench.synthesis.selection import usable
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def oracle(lm: "LM", task: "Task", rows: list[Row], settings: Settings) -> list[
                 f"its styles are: {styles}. Pass style=... with one of them, or use recipe='rejection'."
             )
         prompt = lm.render(task.messages(row, None))
-        tokens_in, tokens_out = len(lm.encode(prompt)), len(lm.encode(text))
+        tokens_in, tokens_out = len(lm.encode(prompt)), tokens_of(lm, text)
         attempts.append(attempt_of(row, task, prompt, [judged(task, row, text, tokens_in, tokens_out, True)]))
     return attempts
 

@@ -12,10 +12,12 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import permutations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from workbench.sandbox import SandboxError
 from workbench.synthesis.records import Record
 from workbench.synthesis.sampling import Attempt, Row, Settings, attempt_of, judged, sampled, spent
 
@@ -52,11 +54,11 @@ class Role:
     how: Literal["scored", "written"] = "scored"
 
     def __post_init__(self) -> None:
-        clash = [(a, b) for a in self.options for b in self.options if a is not b and b.startswith(a)]
+        clash = any(b.casefold().startswith(a.casefold()) for a, b in permutations(self.options, 2))
         if len(self.options) < 2 or clash or not all(option.strip() == option != "" for option in self.options):
             raise ValueError(
-                f"options={self.options!r}: give two or more words, worst first, none the beginning of another "
-                "(use 0 to 9, not 1 to 10), without spaces around: ('no', 'yes')."
+                f"options={self.options!r}: give two or more words, worst first, none the beginning of another, "
+                "whatever its case (use 0 to 9, not 1 to 10), without spaces around: ('no', 'yes')."
             )
         if self.how not in ("scored", "written"):
             raise ValueError(f"how={self.how!r} is not known. Use 'scored' or 'written'.")
@@ -220,7 +222,7 @@ def _verified(task: "Task", row: Row, answer: "Generation") -> dict[str, Any]:
     sizes = answer.tokens_in, answer.tokens_out, answer.finished
     try:
         return judged(task, row, answer.text, *sizes)
-    except ValueError:
+    except (ValueError, SandboxError):
         names = ("tokens_in", "tokens_out", "finished")
         return {"text": answer.text.strip(), "correct": None, "extracted": None, **dict(zip(names, sizes, strict=True))}
 

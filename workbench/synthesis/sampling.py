@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from workbench.prompts import Strategy
     from workbench.tasks import Task
 
+NOTHING = "(no answer)"  # in a record that is there to say why; a record without an answer can't be read back
 Row = dict[str, Any]
 Attempt = dict[str, Any]  # row_id, question, answer, plain, prompt, samples: [{text, correct, extracted, ...}], cost
 
@@ -99,6 +100,11 @@ def judged(task: "Task", row: Row, text: str, tokens_in: int, tokens_out: int, f
         "text": text.strip(), "correct": verdict.correct, "extracted": verdict.extracted,
         "tokens_in": tokens_in, "tokens_out": tokens_out, "finished": finished,
     }  # fmt: skip
+
+
+def tokens_of(lm: "LM", text: str) -> int:
+    """Tokens of an answer and the one that ends it, which a sampled answer counts too."""
+    return len(lm.encode(text)) + 1
 
 
 def row_seed(seed: int, row_id: str, sample: int) -> int:

@@ -139,9 +139,9 @@ def gradients(lm: "LM", records: Sequence[Record], seed: int = 0) -> Float[Tenso
     The gradient of a linear layer is a sum over tokens of (output gradient) x (input); both sides are projected to
     `SIDE` random directions first (as in LoGra, arXiv 2405.13954), so no gradient is ever stored whole. CPU, float32.
     """
-    layers = [module for module in lm.blocks[-1].modules() if isinstance(module, nn.Linear | Conv1D)]
     from workbench.finetuning.memory import widths
 
+    layers = [module for module in lm.blocks[-1].modules() if isinstance(module, nn.Linear | Conv1D)]
     generator = torch.Generator().manual_seed(seed)
     sides = [
         tuple(torch.randn(width, SIDE, generator=generator).to(lm.device) for width in widths(layer))

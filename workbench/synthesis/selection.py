@@ -4,13 +4,13 @@ Pure functions of what was sampled, so that other choices cost no model call. Th
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from workbench.synthesis import overlap
 from workbench.synthesis.records import NEGATIVE, Record
-from workbench.synthesis.sampling import Attempt
+from workbench.synthesis.sampling import NOTHING, Attempt
 
 if TYPE_CHECKING:
     from workbench.tasks import Task
@@ -20,8 +20,8 @@ Select = Literal["shortest", "longest", "diverse", "random", "first"]
 
 
 def usable(sample: dict[str, Any]) -> bool:
-    """Whether an answer is verified, complete, and more than the answer that its prompt gave away."""
-    return bool(sample["correct"] and sample["finished"] and not sample.get("echo"))
+    """Whether an answer is verified, complete, could be edited, and is more than what its prompt gave away."""
+    return bool(sample["correct"] and sample["finished"] and "why" not in sample and not sample.get("echo"))
 
 
 def ranked(attempts: Sequence[Attempt], select: Select, seed: int = 0) -> list[list[dict[str, Any]]]:
@@ -71,7 +71,7 @@ def make_records(
     records = []
     for attempt, good in zip(attempts, ranked(attempts, select, sampling["seed"]), strict=True):
         judged = [] if "dropped" in attempt else attempt["samples"]  # nobody knows whether a dropped one is wrong
-        wrong = [sample for sample in judged if not sample["correct"] and sample["finished"]]
+        wrong = [s for s in judged if not s["correct"] and s["finished"] and s["text"] and "why" not in s]
         made = [_record(attempt, sample, sampling, task, "verified") for sample in good[:chains]]
         made += [_record(attempt, sample, sampling, task, NEGATIVE) for sample in wrong[:negatives]]
         if not good and attempt["samples"]:
@@ -86,8 +86,9 @@ def _why_none(attempt: Attempt) -> str:
     if "dropped" in attempt:
         return str(attempt["dropped"])
     right = [found for found in attempt["samples"] if found["correct"]]
-    if not right and "why" in attempt["samples"][0]:
-        return attempt["samples"][0]["why"]
+    lost = [found["why"] for found in right if "why" in found]
+    if lost:
+        return str(lost[0])
     echo = any(found["finished"] for found in right)
     return "repeats the hint" if echo else "cut off at max_new_tokens" if right else "no verified answer"
 
@@ -102,7 +103,7 @@ def _record(attempt: Attempt, sample: dict[str, Any], sampling: dict[str, Any], 
     names = ("temperature", "top_p", "max_new_tokens", "samples", "seed", "strategy", "style")
     return {
         "id": f"{task}/{attempt['row_id']}", "task": task, "row_id": attempt["row_id"],
-        "messages": [*attempt["plain"], {"role": "assistant", "content": sample["text"]}],
+        "messages": [*attempt["plain"], {"role": "assistant", "content": sample["text"] or NOTHING}],
         "answer": attempt["answer"],
         "verdict": {"correct": sample["correct"], "extracted": sample["extracted"]}
         | ({"by": sample["by"]} if "by" in sample else {}),
@@ -122,21 +123,27 @@ def question_of(record: Record) -> str:
     return record["messages"][-2]["content"]
 
 
-def drop_leaks(records: list[Record], exams: "Sequence[Task]", limit: float) -> dict[str, Any]:
+def exam_questions(exams: "Sequence[Task]") -> dict[str, dict[str, str]]:
+    """Each task's test questions, by its name and their id; none for a file without a test split, which is told."""
+    found: dict[str, dict[str, str]] = {}
+    for exam in exams:
+        own = found.setdefault(exam.name, {})
+        try:
+            own |= {str(row["id"]): row["question"] for row in exam.rows(split="test")}
+        except ValueError as error:  # a file that was put into another split as a whole
+            print(f"synthesize: overlap not checked, because there are no test questions. {error}", file=sys.stderr)
+    return found
+
+
+def drop_leaks(records: list[Record], exams: Mapping[str, Mapping[str, str]], limit: float) -> dict[str, Any]:
     """Mark kept records that overlap with test questions; refuse the set when more than `limit` of them do."""
     kept = [record for record in records if record["kept"]]
     told: dict[int, str] = {}
-    counts = {}
-    for exam in exams:
-        try:
-            questions = {str(row["id"]): row["question"] for row in exam.rows(split="test")}
-        except ValueError as error:  # a file that was put into another split as a whole
-            print(f"synthesize: overlap not checked, because there are no test questions. {error}", file=sys.stderr)
-            questions = {}
-        counts[exam.name] = len(questions)
+    for name, questions in exams.items():
         for number, reason in enumerate(overlap.contamination([question_of(record) for record in kept], questions)):
             if reason:
-                told.setdefault(number, f"{reason} of task {exam.name}")
+                told.setdefault(number, f"{reason} of task {name}")
+    counts = {name: len(questions) for name, questions in exams.items()}
     share = len(told) / max(1, len(kept))
     if share > limit:
         first = min(told)

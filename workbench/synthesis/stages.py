@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from workbench.files import content_key, sha256, write_atomic
 from workbench.runs import heartbeat
+
+if TYPE_CHECKING:
+    from workbench.models import LM
 
 Item = dict[str, Any]
 
@@ -49,14 +52,16 @@ def plain(value: Any) -> Any:
     from workbench.served import Served
     from workbench.tasks import Task
 
-    if isinstance(value, LM | Served):
+    if isinstance(value, LM):
+        return _model(value)
+    if isinstance(value, Served):
         return {"name": value.name, "revision": value.revision}
     if isinstance(value, Intervention):
         return fingerprint(value)
     if isinstance(value, Path):
         return {"file": value.name, "sha256": sha256(value)}
     if isinstance(value, Task):
-        return {"name": value.name, **value.parameters}
+        return {"name": value.name, "kind": value.kind, **value.parameters}
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
@@ -66,6 +71,18 @@ def plain(value: Any) -> Any:
     if callable(value):
         return described(value)
     return json.loads(json.dumps(value))
+
+
+def _model(lm: "LM") -> dict[str, Any]:
+    """A model by all that its answers depend on: weights, their precision, and what an `lm.apply` block puts on."""
+    from workbench.evaluation import fingerprint
+    from workbench.interventions.session import ACTIVE
+
+    four_bit = getattr(lm.model, "is_loaded_in_4bit", False)
+    dtype = "nf4" if four_bit else str(lm.model.dtype).removeprefix("torch.")
+    stack = ACTIVE.get(lm.model)
+    applied = [fingerprint(row) for row in stack[-1].rows] if stack else []
+    return {"name": lm.name, "revision": lm.revision, "dtype": dtype} | ({"applied": applied} if applied else {})
 
 
 def in_chunks(
@@ -86,7 +103,7 @@ def in_chunks(
     total: Counter[str] = Counter(dict.fromkeys(("calls", "tokens_in", "tokens_out", "seconds"), 0))
     for start in range(0, len(items), size):
         part = list(items[start : start + size])
-        file, key = home / f"{start // size:05d}.json", content_key(settings=settings, input=_plain_json(part))
+        file, key = home / f"{start // size:05d}.json", content_key(settings=settings, input=plain_json(part))
         saved = _saved(file, key)
         if saved is None:
             begin = time.perf_counter()
@@ -95,7 +112,7 @@ def in_chunks(
             for item in saved["items"]:
                 spent.update(item.pop("cost", {}))
             saved["cost"] = {**spent, "seconds": time.perf_counter() - begin}
-            saved["items"] = _plain_json(saved["items"])  # a run that is not resumed sees what a resumed one reads
+            saved["items"] = plain_json(saved["items"])  # a run that is not resumed sees what a resumed one reads
             write_atomic(file, json.dumps(saved, ensure_ascii=False))
             heartbeat(f"synthesize: {name}", start + len(part), len(items), seconds=round(saved["cost"]["seconds"], 2))
         made += saved["items"]
@@ -103,7 +120,7 @@ def in_chunks(
     return made, dict(total)
 
 
-def _plain_json(items: list[Item]) -> list[Item]:
+def plain_json(items: list[Item]) -> list[Item]:
     """As read back from a file: generated tasks put tuples and fractions into their metadata."""
     return json.loads(json.dumps(items, default=str))
 

@@ -323,7 +323,7 @@ def test_clustered_power_is_reached_by_simulated_clusters():
         (lambda: minimum_detectable_effect(100, 0.2, icc=2.0), "icc = 2.0"),
         (lambda: mean_power(100, 0.1, between=-1.0), "between = -1.0"),
         (lambda: questions_needed(0.3, discordant_rate=0.2), "at most 0.2"),
-        (lambda: questions_needed(1e-5, discordant_rate=0.2), "over a million"),
+        (lambda: questions_needed(1e-4, between=1.0), "over a million"),
     ],
 )
 def test_errors_name_the_value(call, words):

@@ -104,6 +104,6 @@ def paired_difference(
         independent = len(cluster_totals(difference, clusters)[0])
         low, high = tango(0, 0, independent, level)
         note = f"no pair differs: score interval over {independent} clusters"
-    p_value = sign_flip(cluster_totals(difference, clusters)[0], seed=seed)
+    p_value = float(sign_flip(cluster_totals(difference, clusters)[0], seed))
     method = "sign-flip permutation test, bootstrap interval" + (" over clusters" if clusters is not None else "")
     return Comparison(interval.estimate, low, high, p_value, interval.n, discordant, method, note)

@@ -69,12 +69,15 @@ def bootstrap_mean(
     return Interval(mean, float(low), float(high), n)
 
 
-def sign_flip(sums: np.ndarray, seed: int, resamples: int = 10_000) -> float:
-    """Two-sided p-value of a mean of 0 when every difference could as well have had the other sign."""
-    rng, observed, reached = np.random.default_rng(seed), abs(sums.sum()), 0
-    for size in _chunks(resamples, len(sums)):
-        signs = rng.integers(0, 2, size=(size, len(sums))) * 2 - 1
-        reached += int((np.abs(signs @ sums) >= observed - 1e-12 * max(1.0, observed)).sum())
+def sign_flip(sums: np.ndarray, seed: int = 0, resamples: int = 10_000) -> np.ndarray:
+    """Two-sided p-values of means of 0 when each sum could as well have the other sign; sums are [..., units]."""
+    rng = np.random.default_rng(seed)
+    observed = np.abs(sums.sum(-1))[..., None]
+    floor = observed - 1e-12 * np.maximum(1.0, observed)
+    reached = np.zeros(sums.shape[:-1], dtype=int)
+    for size in _chunks(resamples, max(sums.shape[-1], reached.size)):
+        signs = rng.integers(0, 2, size=(size, sums.shape[-1])) * 2.0 - 1
+        reached = reached + (np.abs(sums @ signs.T) >= floor).sum(-1)
     return (reached + 1) / (resamples + 1)  # counts the data itself as one draw: never 0 (Phipson and Smyth 2010)
 
 

@@ -21,8 +21,7 @@ from scipy.special import logsumexp
 
 from workbench.statistics.samples import StatisticsError, as_numbers, check_pairs, is_dichotomous, tail_share
 
-# Shares of the most that can be bet: even on the log scale, since the best bet is about the effect over the variance.
-BETS = np.geomspace(0.005, 0.99, 24)
+BETS = np.linspace(0.02, 0.98, 24)  # shares of the most that can be bet; the best is about effect / variance
 
 
 @dataclass(frozen=True)

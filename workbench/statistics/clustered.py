@@ -90,7 +90,7 @@ def clustered_interval(
     error, df, alone = math.sqrt(float(found.variance)), float(found.df), float(found.variance_alone)
     half = float(stats.t.isf(tail, df)) * error
     note = "" if k >= 10 else f"{k} clusters: limits are right only if clusters are about normal"
-    if is_dichotomous(numbers) and not 0.2 <= mean <= 0.8:
+    if is_dichotomous(numbers.tolist()) and not 0.2 <= mean <= 0.8:
         note = "a share near 0 or 1: beta_binomial_interval keeps its coverage there, these limits do not"
     if np.ptp(numbers) == 0:
         note = "all values are equal: no width means no spread seen, not certainty"

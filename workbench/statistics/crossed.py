@@ -5,8 +5,8 @@ seeds and the rest (two-way analysis of variance, one value a cell, both effects
 in squares, each times its own t quantile: the rule of Zou and Donner 2008 (Statistics in Medicine 27:1693-1702). In
 simulation with normal seeds it rejects 3.5 to 6 % at 3 to 10 seeds, one t on Satterthwaite's degrees of freedom up to
 7.5 %, the pigeonhole bootstrap (Owen 2007, arXiv 0712.1111) 18 % at 3 seeds. Three seeds that differ much bring it
-to 9 % where their effects are far from normal, five to 7 %. Also here: how much of the noise is the sampling of answers. Not covered: tables with
-holes, different questions for each seed.
+to 9 % where their effects are far from normal, five to 7 %. Also here: how much of the noise is the sampling of
+answers. Not covered: tables with holes, different questions for each seed.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def test_bootstrap_agrees_with_scipy_and_is_reproducible():
 def test_bootstrap_chunks_do_not_change_the_answer(monkeypatch):
     values = np.arange(50.0)
     whole = bootstrap_mean(values, resamples=500)
-    monkeypatch.setattr("workbench.statistics.CHUNK", 50 * 7)
+    monkeypatch.setattr("workbench.statistics.resampling.CHUNK", 50 * 7)
     assert bootstrap_mean(values, resamples=500) == whole
 
 

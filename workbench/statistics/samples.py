@@ -22,6 +22,9 @@ def cluster_totals(values: np.ndarray, clusters: Sequence[Hashable] | None) -> t
     labels = list(clusters)
     if len(labels) != len(values):
         raise StatisticsError(f"one cluster label a row: got {len(labels)} labels for {len(values)} rows.")
+    for position, label in enumerate(labels):
+        if is_missing(label):
+            raise StatisticsError(f"clusters[{position}] is {label!r}: name the cluster, or drop the row.")
     index = {label: position for position, label in enumerate(dict.fromkeys(labels))}
     codes = np.array([index[label] for label in labels])
     return np.bincount(codes, weights=values), np.bincount(codes).astype(float)
@@ -57,6 +60,39 @@ def as_numbers(values: Sequence[Any] | np.ndarray, name: str) -> np.ndarray:
         position = int(np.flatnonzero(~np.isfinite(numbers))[0])
         raise StatisticsError(f"{name}[{position}] is {numbers[position]}: drop or fill missing rows first, in pairs.")
     return numbers
+
+
+def as_labels(values: Sequence[Any], name: str) -> list[Any]:
+    """Labels as given; an empty list and missing labels are refused by position."""
+    labels = list(values)
+    if not labels:
+        raise StatisticsError(f"{name} is empty: nothing was rated, so there is nothing to compare.")
+    for position, label in enumerate(labels):
+        if is_missing(label):
+            raise StatisticsError(f"{name}[{position}] is {label!r}: drop items without a label first, in pairs.")
+    return labels
+
+
+def as_table(values: Any, name: str) -> np.ndarray:
+    """Finite floats [question, seed]; ragged rows and missing cells are refused by position."""
+    items = values.to_numpy() if hasattr(values, "to_numpy") else values  # a data frame counts its columns
+    rows = [as_numbers(row, f"{name}[{place}]") if np.ndim(row) == 1 else None for place, row in enumerate(items)]
+    if not rows:
+        raise StatisticsError(f"{name} is empty: nothing was measured, so there is nothing to compute.")
+    for place, row in enumerate(rows):
+        if row is None:
+            raise StatisticsError(f"{name}[{place}] is no list: give a table with a row a question, a column a seed.")
+        if len(row) != len(rows[0]):  # type: ignore[arg-type]
+            raise StatisticsError(
+                f"{name}[{place}] has {len(row)} values where {name}[0] has {len(rows[0])}: "  # type: ignore[arg-type]
+                "every question needs every seed. Drop questions or seeds that are not complete."
+            )
+    return np.array(rows)
+
+
+def is_missing(label: Any) -> bool:
+    """True for None and for values that differ from themselves, such as nan."""
+    return label is None or (isinstance(label, float | np.floating) and bool(np.isnan(label)))
 
 
 def check_pairs(a: np.ndarray, b: np.ndarray) -> None:

@@ -1,0 +1,15 @@
+"""What accuracy doesn't say: one measure a file, from the per-question rows that `evaluate` gives.
+
+| file | asks |
+|---|---|
+| `confidence`, `elicitation` | does the model know when it is right? calibration, and where confidences come from |
+| `robustness`, `perturbations`, `chains` | does the answer stay when it should and follow when the problem changes? |
+| `faithfulness` | does the answer depend on the chain of thought? |
+| `abstention` | does it answer what can't be answered, and refuse what can? |
+| `consistency` | does it contradict itself? |
+| `bias` | does it choose the content or the place? |
+| `length` | how long, how often cut off, how much of a difference is length? |
+| `contaminated` | is it right because it was trained on the questions? |
+
+Measures are pure functions over data frames; a perturbation makes another `Task`, which `evaluate` takes unchanged.
+"""

@@ -11,17 +11,32 @@ from workbench.measures.perturbations import CANNOT
 from workbench.prompts import few_shot
 
 ABSTAINS = (
-    "It cannot be answered.", "I can't answer this.", "There is not enough information.", "We don't know how many. It is "
-    "impossible to tell.", "The problem doesn't say how many she lost, so we cannot determine it.", "Insufficient data.",
-    "No se puede saber.", "No se puede responder.", "Faltan datos para calcularlo.", "Es imposible determinar la respuesta.",
-    "No hay suficiente información.", "No lo sé.", "I don’t know.", "The answer cannot be determined.",
+    "It cannot be answered.",
+    "I can't answer this.",
+    "There is not enough information.",
+    "We don't know how many. It is impossible to tell.",
+    "The problem doesn't say how many she lost, so we cannot determine it.",
+    "Insufficient data.",
+    "No se puede saber.",
+    "No se puede responder.",
+    "Faltan datos para calcularlo.",
+    "Es imposible determinar la respuesta.",
+    "No hay suficiente información.",
+    "No lo sé.",
+    "I don’t know.",
+    "The answer cannot be determined.",
     "The answer is: cannot be answered",
-)  # fmt: skip
+)
 ANSWERS = (
-    "The answer is 7.", "She can't carry more than 7. The answer is 7.", "I cannot tell at first. So I count: 3+4=7. The "
-    "answer is 7.", "La respuesta es 7.", "No hay problema: 3+4=7. La respuesta es 7.", "", "She gives some to Bo.",
+    "The answer is 7.",
+    "She can't carry more than 7. The answer is 7.",
+    "I cannot tell at first. So I count: 3+4=7. The answer is 7.",
+    "La respuesta es 7.",
+    "No hay problema: 3+4=7. La respuesta es 7.",
+    "",
+    "She gives some to Bo.",
     "He does not have enough money, he has 7 left.",
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("text", ABSTAINS)

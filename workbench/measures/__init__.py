@@ -6,10 +6,6 @@
 | `robustness`, `perturbations`, `chains` | does the answer stay when it should and follow when the problem changes? |
 | `faithfulness` | does the answer depend on the chain of thought? |
 | `abstention` | does it answer what can't be answered, and refuse what can? |
-| `consistency` | does it contradict itself? |
-| `bias` | does it choose the content or the place? |
-| `length` | how long, how often cut off, how much of a difference is length? |
-| `contaminated` | is it right because it was trained on the questions? |
 
 Measures are pure functions over data frames; a perturbation makes another `Task`, which `evaluate` takes unchanged.
 """

@@ -31,7 +31,7 @@ _PHRASES = re.compile(
     rf"{_NOT}\s+(?:be\s+)?(?:\w+\s+)?"
     r"(?:answer|determin|know|tell|say|calculat|comput|solv|find|work\w* out|figur|give)\w*"
     r"|(?:not|n['’]t)\s+(?:have|given|contain|provide|say|tell|specify|state)\w*\s+(?:us\s+)?"
-    r"(?:enough|sufficient|how many|how much)"
+    r"(?:(?:enough|sufficient)\s+(?:information|data|details|to\s+\w+)|how many|how much)"
     r"|(?:not enough|insufficient|missing|incomplete|too little|lack of)\s+(?:\w+\s+)?(?:information|data|details)"
     r"|\b(?:i do(?:n['’]t| not) know|unanswerable|undetermined|indeterminate|not (?:specified|enough given))\b"
     r"|\bno (?:se )?(?:puede|puedo|podemos|es posible|se sabe|sé|hay forma de)\b(?:\s+\w+){0,2}?\s*"

@@ -21,4 +21,5 @@ def results_of(answers: dict[str, list[tuple[str, bool]]], questions: list[str] 
             )  # fmt: skip
     costs = {name: {"seconds": 2.5, "peak_memory_mb": 100.0, "model_calls": 7.0} for name in answers}
     about = {"task": "sums", "split": "test", "seed": 0, "n": len(lines) // len(answers), "model": "lab"}
-    return Results(pd.DataFrame(lines).astype({"extracted": object}), costs, about)
+    extracted = pd.Series([line["extracted"] for line in lines], dtype=object)  # keeps None
+    return Results(pd.DataFrame(lines).assign(extracted=extracted), costs, about)

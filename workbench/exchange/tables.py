@@ -85,7 +85,7 @@ def rows_of(path: Path) -> list[Line]:
 
         rows: list[Line] = pyarrow.parquet.read_table(path).to_pylist()
         return rows
-    text = path.read_text(encoding="utf-8-sig", errors="strict")
+    text = path.read_bytes().decode("utf-8-sig")  # read_text would change line ends inside of cells
     if path.suffix in (".csv", ".tsv"):
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
         return [{unguarded(k): unguarded(v or "") for k, v in row.items() if k is not None} for row in reader]

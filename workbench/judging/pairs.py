@@ -122,6 +122,7 @@ def judge_pairs(
     prompt: Prompt = PROMPT,
     questions: "Mapping[str, str] | Task | None" = None,
     by: Literal["text", "letters"] = "text",
+    letters: tuple[str, str] = ("A", "B"),
     n: int | None = None,
     seed: int = 0,
     interventions: "Intervention | None" = None,
@@ -133,7 +134,9 @@ def judge_pairs(
     Args:
         prompt: text with {question}, {A} and {B}, or a function of those three that gives a prompt or chat messages.
         questions: text of each question by id, or the task; else a `question` column, else the prompt.
-        by: 'text' reads the greedy reply; 'letters' takes the likelier of 'A' and 'B' (a loaded model, no ties).
+        by: 'text' reads the greedy reply; 'letters' takes the likelier of `letters` (a loaded model; a tie only where
+            both are exactly as likely).
+        letters: words that stand for the first and the second answer, where by='letters' and a prompt has others.
         n, seed: judge n questions drawn by `seed`; None for all.
         interventions: on the judge, not on the answers.
         out: JSONL file of the calls; a call in it is not made again, and a killed run goes on.
@@ -152,10 +155,10 @@ def judge_pairs(
             sides = (text_a, text_b) if first == "a" else (text_b, text_a)
             jobs.append({"id": duel.id, "first": first, "prompt": as_turn(write(question, *sides))})
     about = identity(lm, interventions) | {"kind": "pairs", "a": a, "b": b, "by": by, "questions": len(pairs)}
-    about |= {"max_new_tokens": max_new_tokens} if by == "text" else {}
+    about |= {"max_new_tokens": max_new_tokens} if by == "text" else {"letters": list(letters)}
     about["prompts"] = content_key(prompts=[job["prompt"] for job in jobs])[:16]
     file = Path(out) if out is not None else None
-    rows = asked(file, about, jobs, partial(_ask, lm, by, interventions, max_new_tokens))
+    rows = asked(file, about, jobs, partial(_ask, lm, by, interventions, max_new_tokens, letters))
     return Judged(a, b, _calls(rows, pairs), about)
 
 
@@ -193,11 +196,13 @@ def share(values: list[float], clusters: Sequence[str]) -> Interval:
     return Interval(found.estimate, bound.low, bound.high, found.n, f"all {k} questions alike: score interval over {k}")
 
 
-def _ask(lm: Any, by: str, change: Any, limit: int, jobs: list[Job]) -> list[dict[str, Any]]:
+def _ask(lm: Any, by: str, change: Any, limit: int, letters: tuple[str, str], jobs: list[Job]) -> list[dict[str, Any]]:
     prompts = [job["prompt"] for job in jobs]
     if by == "text":
         return [{**reply, "said": read_choice(reply["text"])} for reply in by_text(lm, prompts, change, limit)]
-    return [{**reply, "said": best(reply["scores"]) or "tie"} for reply in by_letters(lm, prompts, change, ("A", "B"))]
+    meant = dict(zip(letters, ("A", "B"), strict=True))
+    replies = by_letters(lm, prompts, change, letters)
+    return [{**reply, "said": meant.get(best(reply["scores"]) or "", "tie")} for reply in replies]
 
 
 def _calls(rows: list[dict[str, Any]], pairs: Sequence[Duel]) -> pd.DataFrame:

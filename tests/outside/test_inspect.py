@@ -11,6 +11,7 @@ from workbench.exchange import inspect_logs, joined, read_inspect, to_inspect
 from workbench.results import Results
 
 log = pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed: pip install inspect-ai (0.3.285)")
+pytestmark = pytest.mark.filterwarnings("default")  # its own warnings are not ours to mend
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 N = 20
 ANSWERS = {

@@ -33,7 +33,7 @@ def test_their_reader_takes_our_logs_and_loses_nothing(results: Results, tmp_pat
         assert found.eval.metadata["condition"] == condition and found.eval.dataset.samples == N
         for row, sample in zip(own.itertuples(), sorted(found.samples, key=lambda s: int(s.id[1:])), strict=True):
             assert (sample.id, sample.input, sample.output.completion) == (row.id, row.prompt, row.output)
-            assert sample.scores["verifier"].as_float() == float(row.correct)
+            assert sample.scores["verifier"].value == ("C" if row.correct else "I")
             assert sample.scores["verifier"].answer == row.extracted
             (usage,) = sample.model_usage.values()
             assert (usage.input_tokens, usage.output_tokens) == (row.tokens_in, row.tokens_out)
@@ -51,7 +51,7 @@ def test_their_metrics_over_our_samples_are_the_ones_we_wrote(results: Results, 
         anew = log.recompute_metrics if hasattr(log, "recompute_metrics") else None
         scores = [scorers.SampleScore(score=sample.scores["verifier"]) for sample in found.samples]
         for score in scores:
-            score.score = score.score.model_copy(update={"value": score.score.as_float()})
+            score.score = score.score.model_copy(update={"value": scorers.value_to_float()(score.score.value)})
         assert told["accuracy"].value == pytest.approx(scorers.accuracy()(scores))
         assert told["stderr"].value == pytest.approx(scorers.stderr()(scores))
         if anew is not None:
@@ -115,7 +115,7 @@ def test_an_evaluation_that_they_ran_pairs_with_an_own_run(
     foreign = read_inspect(path, condition="theirs")
     assert foreign.rows.correct.mean() == done.results.scores[0].metrics["accuracy"].value
     both = joined(results, foreign)
-    right = {sample.id: sample.scores["match"].as_float() for sample in done.samples}
+    right = {sample.id: scorers.value_to_float()(sample.scores["match"].value) for sample in done.samples}
     own = results.correct("plain")
     assert both.compare("plain", "theirs").difference == pytest.approx(
         sum(right[key] - float(own[key]) for key in own.index) / N

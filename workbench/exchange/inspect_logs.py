@@ -68,7 +68,7 @@ def _log(results: Results, condition: str, rows: pd.DataFrame, ended: datetime) 
         "dataset": {"name": task, "samples": int(rows.id.nunique()), "shuffled": False,
                     "sample_ids": list(dict.fromkeys(rows.id.astype(str)))},
         "config": {"epochs": int(epochs.max())}, "packages": {"workbench": _version()},
-        "metadata": {"condition": condition, "workbench": _plain(about)}, "tags": [condition],
+        "metadata": {"condition": condition, "cost": _plain(cost), "workbench": _plain(about)}, "tags": [condition],
     }  # fmt: skip
     return {
         "version": 2, "status": "success", "eval": spec,
@@ -76,7 +76,7 @@ def _log(results: Results, condition: str, rows: pd.DataFrame, ended: datetime) 
                  "config": _generation(about)},
         "results": _results(rows, len(samples)),
         "stats": {"started_at": began.isoformat(), "completed_at": ended.isoformat(), "model_usage": usage},
-        "tags": [condition], "metadata": {"cost": _plain(cost)}, "samples": samples,
+        "tags": [condition], "samples": samples,
     }  # fmt: skip
 
 
@@ -95,18 +95,19 @@ def _results(rows: pd.DataFrame, total: int) -> dict[str, Any]:
 def _sample(row: dict[str, Any], epoch: int, model: str) -> dict[str, Any]:
     usage, seconds = _usage(int(row["tokens_in"]), int(row["tokens_out"])), float(row["seconds"])
     extracted = row["extracted"] if isinstance(row["extracted"], str) else None
-    reply = {"role": "assistant", "content": row["output"], "source": "generate", "model": model}
+    key = content_key(id=str(row["id"]), epoch=epoch, condition=str(row["condition"]), text=row["output"])[:20]
+    reply = {"id": f"{key}-a", "role": "assistant", "content": row["output"], "source": "generate", "model": model}
     known = {"time": seconds} if math.isfinite(seconds) else {}
     score: dict[str, Any] = {"value": "C" if row["correct"] else "I", "answer": extracted}
     return {
         "id": str(row["id"]), "epoch": epoch, "input": row["prompt"], "target": str(row.get("answer", "")),
-        "messages": [{"role": "user", "content": row["prompt"], "source": "input"}, reply],
+        "messages": [{"id": f"{key}-u", "role": "user", "content": row["prompt"], "source": "input"}, reply],
         "output": {"model": model, "completion": row["output"], "usage": usage, **known,
                    "choices": [{"message": reply, "stop_reason": "unknown"}]},
         "scores": {SCORER: score},
         "metadata": {name: _plain(value) for name, value in row.items() if name not in NAMED},
         "model_usage": {model: usage}, **({"total_time": seconds, "working_time": seconds} if known else {}),
-        "uuid": content_key(id=str(row["id"]), epoch=epoch, condition=str(row["condition"]), text=row["output"])[:22],
+        "uuid": key,
     }  # fmt: skip
 
 
@@ -162,7 +163,7 @@ def read_inspect(
     told = spec.get("metadata") or {}
     who = condition or told.get("condition") or str(spec["model"])
     lines = [_read_sample(sample, who, scorer, str(path), threshold) for sample in samples]
-    cost = (log.get("metadata") or {}).get("cost") or _seconds(log.get("stats") or {})
+    cost = told.get("cost") or _seconds(log.get("stats") or {})
     cost = {name: math.nan if value is None else value for name, value in cost.items()}
     about = {"score": scorer, "model": spec["model"], **(told.get("workbench") or {})}
     return assembled(lines, repeats, str(path), str(spec["task"]), {who: cost}, about)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from workbench.calibration import calibrate, compare_at_budget, damage
     from workbench.evaluation import evaluate
+    from workbench.exchange import joined, read_results
     from workbench.finetuning import finetune
     from workbench.finetuning.conditioning import condition, refusals
     from workbench.finetuning.merging import merge
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         read_pairs,
         train_vector,
     )
+    from workbench.judging import agreement, grade_answers, judge_pairs, read_votes
     from workbench.models import LM, ModelError, load_model
     from workbench.prompts import Pairs, Strategy, contrast, few_shot, instruction
     from workbench.readouts import attention_to, head_attribution, logit_lens, trace
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from workbench.synthesis.mixing import mix
     from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
+    from workbench.widgets import rate
 
 __version__ = "0.1.0"
 
@@ -66,6 +69,7 @@ _HOMES = {
     "workbench.finetuning.reward": ("reinforce",),
     "workbench.finetuning.stages": ("Stage", "finetune_stages"),
     "workbench.finetuning.weighting": ("critical_weights",),
+    "workbench.exchange": ("joined", "read_results"),
     "workbench.generate": ("Generation",),
     "workbench.interventions": (
         "KV",
@@ -91,6 +95,7 @@ _HOMES = {
         "read_pairs",
         "train_vector",
     ),
+    "workbench.judging": ("agreement", "grade_answers", "judge_pairs", "read_votes"),
     "workbench.readouts": ("attention_to", "head_attribution", "logit_lens", "trace"),
     "workbench.models": ("LM", "ModelError", "load_model"),
     "workbench.prompts": ("Pairs", "Strategy", "contrast", "few_shot", "instruction"),
@@ -101,6 +106,7 @@ _HOMES = {
     "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
+    "workbench.widgets": ("rate",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
@@ -108,12 +114,13 @@ _MODULES = ("plots", "runs", "statistics", "report")
 __all__ = [
     "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "LowRank",
     "ModelError", "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock",
-    "Stage", "Strategy", "Sweep", "Task", "Verdict", "Weights", "attention_to", "calibrate", "compare_at_budget",
-    "condition", "connect", "contrast", "critical_weights", "damage", "evaluate", "extract", "few_shot", "finetune",
-    "finetune_stages", "fit_gate", "head_attribution", "heads_writing", "instruction", "isolate", "load_data",
-    "load_intervention", "load_model", "load_results", "load_task", "logit_lens", "merge", "mix", "plots", "prefer",
-    "preference_pairs", "project_out", "random_like", "read_pairs", "refusals", "reinforce", "report", "runs",
-    "statistics", "sweep", "synthesize", "task_names", "trace", "train_vector",
+    "Stage", "Strategy", "Sweep", "Task", "Verdict", "Weights", "agreement", "attention_to", "calibrate",
+    "compare_at_budget", "condition", "connect", "contrast", "critical_weights", "damage", "evaluate", "extract",
+    "few_shot", "finetune", "finetune_stages", "fit_gate", "grade_answers", "head_attribution", "heads_writing",
+    "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model", "load_results",
+    "load_task", "logit_lens", "merge", "mix", "plots", "prefer", "preference_pairs", "project_out", "random_like",
+    "rate", "read_pairs", "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "statistics",
+    "sweep", "synthesize", "task_names", "trace", "train_vector",
 ]  # fmt: skip
 
 

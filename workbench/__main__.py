@@ -1,4 +1,4 @@
-"""The command line: `python -m workbench run | sweep | status | compare | parameters | report | doctor`.
+"""The command line: `python -m workbench run | sweep | status | compare | export | parameters | report | doctor`.
 
 Thin: each command reads its words, calls one function and prints. Bad input ends with exit code 2 before any work, a
 failed run with 1 and the next command to type.
@@ -153,6 +153,25 @@ def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None
     if not folder.is_dir():
         end(f"there is no folder {folder}. Start a run: python -m workbench run --out {folder}", 2)
     print(write_report(folder))
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="a folder of results, or a run folder that holds one such")],
+    to: Annotated[str, typer.Option("--to", help="inspect, csv or parquet")],
+    out: Annotated[Path, typer.Option("--out", help="a file; for inspect a folder, one log for each condition")],
+) -> None:
+    """Write results for other tools: spreadsheets, data frames, inspect_ai's viewer."""
+    from workbench.exchange.exporting import export_folder
+
+    try:
+        written = export_folder(folder, to, out)
+    except ValueError as error:
+        end(str(error), 2)
+    except OSError as error:
+        end(f"the export could not be written: {error}. Free space or choose another --out.", 1)
+    for path in written:
+        print(path)
 
 
 @app.command()

@@ -1,0 +1,8 @@
+"""Live controls for notebooks, each with a static twin that a saved notebook shows without a kernel.
+
+Leans on ipywidgets. What a control does is decided elsewhere (`judging.votes`); here it only gets buttons.
+"""
+
+from workbench.widgets.rating import Rating, rate
+
+__all__ = ["Rating", "rate"]

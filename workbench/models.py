@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -73,8 +73,8 @@ class LM:
     def encode(self, prompt: Prompt | list[int]) -> list[int]:
         """Token ids of a prompt (ids stay as they are); nothing is added, templates carry their own special tokens."""
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            return prompt
-        ids = self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"]
+            return cast(list[int], prompt)
+        ids = self.tokenizer(self.render(cast(Prompt, prompt)), add_special_tokens=False)["input_ids"]
         if not ids:
             raise ModelError(f"The prompt {prompt!r} has no tokens. Give at least one character.")
         return ids
@@ -99,8 +99,8 @@ class LM:
 
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         decoding = Decoding(max(limits, default=1), temperature, top_p, tuple(stop or ()), bias or {})
-        rows = {"seed": seed, "limits": limits, "batch_size": batch_size}
-        return generate(self, prompts, interventions, decoding, **rows, progress=progress)
+        own: dict[str, Any] = {"seed": seed, "limits": limits, "batch_size": batch_size, "progress": progress}
+        return generate(self, prompts, interventions, decoding, **own)
 
     def apply(
         self, x: "Intervention | Sequence[Intervention | None]", *, prompt_lengths: Sequence[int] | None = None

@@ -126,7 +126,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class StopBias:
-    """Add `bias` nats to the logit of the token that begins the end of thinking, until it was said; 0 is plain decoding.
+    """Add `bias` nats to the logit of the token that begins the end of thinking, until it was said; 0 changes nothing.
 
     Above 0 the model comes to its answer earlier, below 0 later. The token may mean something else: 'The' is also how
     another sentence begins. ends: the words that end thinking, where `ending` does not find them; the first tokens of

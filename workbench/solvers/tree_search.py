@@ -3,11 +3,13 @@
 A node is the beginning of an answer, a child has one step more; a step ends at words such as '. ' or a line break.
 Selection is UCT (Kocsis and Szepesvari 2006); as in RAP (arXiv 2305.14992) no gold answer and no trained value is used:
 a rollout is worth the share of the question's rollouts that end in its answer, or how likely the model finds it. All
-questions search side by side: a simulation is one batch of steps and one of rollouts. Not covered: models that judge steps.
+questions search side by side: a simulation is one batch of steps and one of rollouts. Not covered: models that judge
+steps.
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from workbench.evaluation.asking import Answer, Ask
 from workbench.evaluation.judging import judge
@@ -111,7 +113,7 @@ class TreeSearch:
         answers = []
         for tree in trees:
             best = tree.best(self.choose)
-            facts = {"nodes": _count(tree.root), "answers": len(set(tree.answers) - {None})}
+            facts: dict[str, Any] = {"nodes": _count(tree.root), "answers": len(set(tree.answers) - {None})}
             facts |= {"worth": round(tree.worth(best), 6)}
             answers.append(Answer(tree.texts[best], samples=tuple(tree.texts), facts=facts))
         return answers

@@ -73,7 +73,7 @@ class LM:
     def encode(self, prompt: Prompt | list[int]) -> list[int]:
         """Token ids of a prompt (ids stay as they are); nothing is added, templates carry their own special tokens."""
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-            return cast(list[int], prompt)
+            return prompt
         ids = self.tokenizer(self.render(cast(Prompt, prompt)), add_special_tokens=False)["input_ids"]
         if not ids:
             raise ModelError(f"The prompt {prompt!r} has no tokens. Give at least one character.")

@@ -22,12 +22,17 @@ COMPACT_BELOW = 0.75  # share of rows still running at which finished ones leave
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen: temperature 0 is greedy, else a sample from the most likely `top_p` of the mass."""
+    """How the next token is chosen: temperature 0 is greedy, else a sample from the most likely `top_p` of the mass.
+
+    bias: nats added to the logits of these tokens, before the temperature, until the row has chosen one of them: it
+    moves the decision to begin something, such as the answer. 0 leaves all as it is.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
+    bias: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -43,16 +48,22 @@ class Decoding:
 
 @dataclass
 class Row:
-    """A prompt on its way: `place` is its number in the session, `new` the tokens so far."""
+    """A prompt on its way: `place` is its number in the session, `limit` its most new tokens, `new` those so far."""
 
     number: int
     place: int
     prompt: list[int]
     seed: int
+    limit: int
     new: list[int] = field(default_factory=list)
     finished: bool = False
     seconds: float = 0.0
     passes: int = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether it gets no more tokens."""
+        return self.finished or len(self.new) >= self.limit
 
 
 @dataclass
@@ -99,11 +110,11 @@ def decode(lm: LM, session: Session, rows: Sequence[Row], decoding: Decoding) ->
         token = chooser.choose(output.logits[:, -1].float(), step)
         seconds = (time.perf_counter() - start) / total
         for row, number in zip(running, token.tolist(), strict=True):
-            if not row.finished:
+            if not row.over:
                 row.new.append(number)
                 row.finished = number in chooser.ends or _stopped(lm, row.new, decoding.stop)
                 row.passes, row.seconds = (passes + step) * (1 + len(session.companions.models)), seconds
-        kept = [place for place, row in enumerate(running) if not row.finished]
+        kept = [place for place, row in enumerate(running) if not row.over]
         if not kept:
             return
         state.advance(token)
@@ -207,6 +218,9 @@ class _Chooser:
             streams = [torch.Generator().manual_seed(row.seed % 2**63) for row in rows]
             draws = [torch.rand(decoding.max_new_tokens, generator=stream) for stream in streams]
             self.draws = torch.stack(draws).to(lm.device)
+        moved = {token: nats for token, nats in decoding.bias.items() if nats}
+        self.biased = torch.tensor(list(moved), dtype=torch.long, device=lm.device)
+        self.nats = torch.tensor(list(moved.values()), device=lm.device).expand(len(rows), -1)
         self.penalty = lm.model.generation_config.repetition_penalty or 1.0
         self.seen = torch.zeros(0)
         if self.penalty != 1.0:
@@ -221,10 +235,14 @@ class _Chooser:
             logits = torch.where(
                 self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits
             )
+        if len(self.biased):
+            logits = logits.index_add(1, self.biased, self.nats)
         if self.decoding.temperature == 0:
             token = logits.argmax(-1)
         else:
             token = sample(logits / self.decoding.temperature, self.draws[:, step], self.decoding.top_p)
+        if len(self.biased):
+            self.nats = self.nats * ~torch.isin(token, self.biased)[:, None]
         if self.penalty != 1.0:
             self.seen.scatter_(1, token[:, None], True)
         return token
@@ -232,6 +250,8 @@ class _Chooser:
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         if len(self.draws):
             self.draws = self.draws[rows]
+        if len(self.biased):
+            self.nats = self.nats[rows]
         if len(self.seen):
             self.seen = self.seen[rows]
 

@@ -160,11 +160,34 @@ class PlainAnswers:
         chosen = logits.unflatten(0, (copies, -1))[:, batch.wanted]
         return chosen.float().log_softmax(-1)
 
+    def token_scores(self, x: Intervention | None) -> list["TokenScores"]:
+        """How sure the changed model (None: the plain one) is at every answer token, by prompt."""
+        found: list[list[np.ndarray]] = [[np.empty(0)] * len(self.prompts) for _ in range(3)]
+        for batch in self.batches:
+            said = self._score(batch, [x])[0]
+            chosen = said.gather(1, batch.targets[:, None])[:, 0]
+            best = said.topk(2).values.exp()
+            entropy = torch.special.entr(said.exp()).sum(-1)  # 0 where a token has no probability
+            for values, kept in zip((chosen, entropy, best[:, 0] - best[:, 1]), found, strict=True):
+                self._share_out(batch, values, kept)
+        return [TokenScores(*each) for each in zip(*found, strict=True)]
+
     @staticmethod
     def _share_out(batch: _Batch, values: Float[Tensor, " tokens"], found: list[np.ndarray]) -> None:
         parts = values.cpu().double().split(batch.wanted.sum(1).tolist())
         for number, part in zip(batch.numbers, parts, strict=True):
             found[number] = part.numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class TokenScores:
+    """Of every token of a text: its log-probability, the entropy of what could have stood there (both in nats), and by
+    how much probability the two likeliest tokens differed.
+    """
+
+    logprobs: Float[np.ndarray, " tokens"]
+    entropy: Float[np.ndarray, " tokens"]
+    margin: Float[np.ndarray, " tokens"]
 
 
 def _divergence(

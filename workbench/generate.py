@@ -45,17 +45,19 @@ class Generation:
 
 def generate(
     lm: LM,
-    prompts: Sequence[str | list[dict[str, str]]],
+    prompts: Sequence[str | list[dict[str, str]] | list[int]],
     interventions: "Intervention | Sequence[Intervention | None] | None" = None,
     decoding: Decoding | None = None,
     *,
     seed: int | Sequence[int] = 0,
     batch_size: int | None = None,
+    limits: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """Continue every prompt, in input order.
 
-    prompts: finished strings (no tokens are added) or chat messages. interventions: one for all rows, or a list with
+    prompts: finished strings (no tokens are added), chat messages or token ids. limits: new tokens of each row, where
+    they differ; none above `decoding.max_new_tokens`. interventions: one for all rows, or a list with
     one (or None) a row; they come on top of those of an enclosing `lm.apply`. seed: one number (row i samples from a
     stream of its own, seed and i) or one a row. batch_size: rows a batch; None packs rows of similar length by a token
     budget. progress: called with rows done and rows in all.
@@ -70,14 +72,16 @@ def generate(
     if len(wanted) != len(texts):
         raise ModelError(f"The enclosing block holds interventions for {len(wanted)} rows; got {len(texts)} prompts.")
     seeds = _one_seed_a_row(seed, len(texts))
-    _check_context(lm, texts, decoding)
+    own = _one_limit_a_row(limits, decoding, len(texts))
+    _check_context(lm, texts, own)
+    _check_bias(lm, decoding)
     results: dict[int, Generation] = {}
     for members in _groups(wanted):
         with (
             Session(lm, [wanted[row] for row in members], [len(texts[row]) for row in members]) as session,
             torch.no_grad(),
         ):
-            rows = [Row(number, place, texts[number], seeds[number]) for place, number in enumerate(members)]
+            rows = [Row(each, place, texts[each], seeds[each], own[each]) for place, each in enumerate(members)]
             for batch in _batches(rows, lm, decoding, batch_size):
                 for done in _with_halving(lm, session, batch, decoding):
                     results.update(done)
@@ -92,6 +96,17 @@ def _one_seed_a_row(seed: int | Sequence[int], count: int) -> list[int]:
     if len(seed) != count:
         raise ModelError(f"{len(seed)} seeds for {count} prompts. Give one number, or one a prompt.")
     return list(seed)
+
+
+def _one_limit_a_row(limits: Sequence[int] | None, decoding: Decoding, count: int) -> list[int]:
+    if limits is None:
+        return [decoding.max_new_tokens] * count
+    if len(limits) != count or any(not 1 <= limit <= decoding.max_new_tokens for limit in limits):
+        raise ModelError(
+            f"{len(limits)} limits for {count} prompts, from {min(limits, default=0)} to {max(limits, default=0)} new "
+            f"tokens. Give one a prompt, each at least 1 and at most {decoding.max_new_tokens}."
+        )
+    return list(limits)
 
 
 def _one_a_row(interventions: Any, count: int) -> "list[Intervention | None]":
@@ -122,15 +137,23 @@ def _groups(rows: "Sequence[Intervention | None]") -> list[list[int]]:
     return list(groups.values())
 
 
-def _check_context(lm: LM, texts: Sequence[Sequence[int]], decoding: Decoding) -> None:
+def _check_context(lm: LM, texts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(map(len, texts), default=0)
-    if limit is not None and longest + decoding.max_new_tokens > limit:
+    pairs = [(len(text), new) for text, new in zip(texts, limits, strict=True)]
+    longest, new = max(pairs, key=sum, default=(0, 0))
+    if limit is not None and longest + new > limit:
         raise ModelError(
-            f"The longest prompt has {longest} tokens; with max_new_tokens={decoding.max_new_tokens} that is more "
+            f"The longest prompt has {longest} tokens; with max_new_tokens={new} that is more "
             f"than the {limit} positions of {lm.name!r}. Shorten the prompt (fewer shots) or ask for at most "
             f"{max(limit - longest, 0)} new tokens."
         )
+
+
+def _check_bias(lm: LM, decoding: Decoding) -> None:
+    size = lm.model.config.get_text_config().vocab_size
+    wrong = [token for token in decoding.bias if not 0 <= token < size]
+    if wrong:
+        raise ModelError(f"bias names token {wrong[0]}, and {lm.name!r} has the tokens 0 to {size - 1}.")
 
 
 def _batches(rows: Sequence[Row], lm: LM, decoding: Decoding, batch_size: int | None) -> Iterator[list[Row]]:

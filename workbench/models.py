@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -20,13 +20,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from workbench.placement import (
-    ModelError,
-    choose_device,
-    choose_dtype,
-    choose_quantization,
-    without_kernel_advice,
-)
+from workbench.placement import ModelError, choose_device, choose_dtype, choose_quantization, without_kernel_advice
 
 if TYPE_CHECKING:
     from workbench.generate import Generation
@@ -34,6 +28,7 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 LAB = ("lab", "lab-small")
+Prompt = str | list[dict[str, str]]
 __all__ = ["LM", "ModelError", "choose_device", "choose_dtype", "find_blocks", "load_model"]
 
 
@@ -61,7 +56,7 @@ class LM:
     def d_model(self) -> int:
         return self.model.config.get_text_config().hidden_size
 
-    def render(self, prompt: str | list[dict[str, str]]) -> str:
+    def render(self, prompt: Prompt) -> str:
         """A finished string: strings stay as they are, chat messages go through the tokenizer's template.
 
         A tokenizer without a template gets `System: ...`, `Question: ...`, `Answer: ...` parts with a blank line
@@ -75,32 +70,37 @@ class LM:
         parts = [f"{titles.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
         return "\n\n".join([*parts, "Answer:"])
 
-    def encode(self, prompt: str | list[dict[str, str]]) -> list[int]:
-        """Token ids of a prompt; nothing is added, because templates carry their own special tokens."""
-        ids = self.tokenizer(self.render(prompt), add_special_tokens=False)["input_ids"]
+    def encode(self, prompt: Prompt | list[int]) -> list[int]:
+        """Token ids of a prompt (ids stay as they are); nothing is added, templates carry their own special tokens."""
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
+            return prompt
+        ids = self.tokenizer(self.render(cast(Prompt, prompt)), add_special_tokens=False)["input_ids"]
         if not ids:
             raise ModelError(f"The prompt {prompt!r} has no tokens. Give at least one character.")
         return ids
 
     def generate(
         self,
-        prompts: Sequence[str | list[dict[str, str]]],
+        prompts: Sequence[Prompt | list[int]],
         interventions: "Intervention | Sequence[Intervention | None] | None" = None,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | Sequence[int] = 256,
         *,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int | Sequence[int] = 0,
         batch_size: int | None = None,
         stop: Sequence[str] | None = None,
+        bias: dict[int, float] | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> "list[Generation]":
-        """Continue every prompt; see `workbench.generate.generate`."""
+        """Continue every prompt; see `workbench.generate.generate`. max_new_tokens: one for all, or one a prompt."""
         from workbench.decode import Decoding
         from workbench.generate import generate
 
-        decoding = Decoding(max_new_tokens, temperature, top_p, tuple(stop or ()))
-        return generate(self, prompts, interventions, decoding, seed=seed, batch_size=batch_size, progress=progress)
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        decoding = Decoding(max(limits, default=1), temperature, top_p, tuple(stop or ()), bias or {})
+        own: dict[str, Any] = {"seed": seed, "limits": limits, "batch_size": batch_size, "progress": progress}
+        return generate(self, prompts, interventions, decoding, **own)
 
     def apply(
         self, x: "Intervention | Sequence[Intervention | None]", *, prompt_lengths: Sequence[int] | None = None
@@ -134,12 +134,8 @@ def load_model(
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     four_bit, reasons["quantization"] = choose_quantization(quantization, config, number, place)
-    arguments: dict[str, Any] = {
-        "dtype": number,
-        "use_safetensors": True,
-        "trust_remote_code": False,
-        "revision": revision,
-    }
+    arguments: dict[str, Any] = {"dtype": number, "use_safetensors": True, "trust_remote_code": False}
+    arguments["revision"] = revision
     if four_bit:
         arguments["quantization_config"] = _nf4(number)
     with _teaching(str(name)), _quiet(Path(source)):

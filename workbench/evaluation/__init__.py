@@ -121,6 +121,7 @@ def _run(ask: Ask, solver: Solver, prompts: list[str], verify_seconds: float) ->
 
     parts = ask.change.parts if ask.change else ()
     beside = [other for part in parts if isinstance(part, Logits) for other in part.others]
+    beside += [other for other in vars(solver).values() if isinstance(other, LM)]
     watched = {id(model.blocks[0]): model.blocks[0] for model in (ask.lm, *beside)}
     handles = [block.register_forward_hook(count) for block in watched.values()]
     began = time.perf_counter()

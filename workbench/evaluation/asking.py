@@ -1,16 +1,19 @@
 """What a solver gets and gives: questions with everything needed to ask them, and an answer to each.
 
 A `Solver` is how a question is answered: one greedy generation (`Greedy`, the default), a vote among samples, a score
-of every option. It goes into a condition like an intervention. `Ask.generate` is its only way to the model, so that
-every call is counted on the question that caused it, and samples are the same in any batch, order and after a resume.
-The idea of a solver beside a task and a scorer is inspect_ai's.
+of every option. It goes into a condition like an intervention. `Ask.generate` and `Ask.score` are its only ways to the
+model, so that every call is counted on the question that caused it, and samples are the same in any batch, order and
+after a resume. The idea of a solver beside a task and a scorer is inspect_ai's.
 """
 
 import hashlib
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from workbench.divergence import PlainAnswers, TokenScores
 from workbench.evaluation.cost import Cost
 from workbench.generate import Generation
 from workbench.interventions import Intervention
@@ -77,21 +80,23 @@ class Ask:
 
     def generate(
         self,
-        prompts: Sequence[str | list[Message]],
+        prompts: Sequence[str | list[Message] | list[int]],
         rows: Sequence[int],
         *,
         lm: LM | None = None,
-        max_new_tokens: int | None = None,
+        max_new_tokens: int | Sequence[int] | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         draws: Sequence[int] | None = None,
         stop: Sequence[str] = (),
+        bias: dict[int, float] | None = None,
     ) -> list[Generation]:
         """Continue prompts on behalf of questions: `rows[i]` is the place in `self.rows` that prompt i is asked for.
 
         lm: another model, without the condition's change. draws: the number of each sample among its question's own,
         which together with the question's id and the seed is its random stream; give every sample of a question a
-        number of its own, or two of them are the same.
+        number of its own, or two of them are the same. max_new_tokens: one for all or one a prompt. bias: nats added to
+        the logits of tokens (`decode.Decoding`).
         """
         if not prompts:
             return []
@@ -107,10 +112,36 @@ class Ask:
             seed=seeds,
             batch_size=self.batch_size,
             stop=stop,
+            bias=bias,
             progress=lambda done, total: self.pulse(),
         )
         for row, one in zip(rows, found, strict=True):
             self.spent[row].add(model, one.tokens_in, one.tokens_out, one.forward_passes, one.seconds, one.tokens_out)
+        return found
+
+    def score(
+        self,
+        prompts: Sequence[str | list[int]],
+        texts: Sequence[list[int]],
+        rows: Sequence[int],
+        *,
+        lm: LM | None = None,
+    ) -> list[TokenScores]:
+        """How likely the model finds texts (token ids) behind prompts, one forward a text, under the same change.
+
+        Counted as a call that reads prompt and text and writes nothing. lm: another model, without the change.
+        """
+        if not prompts:
+            return []
+        model = lm or self.lm
+        starts = [model.encode(prompt) for prompt in prompts]
+        began = time.perf_counter()
+        change = None if model is not self.lm else self.change
+        found = PlainAnswers(model, starts, texts, self.batch_size).token_scores(change)
+        seconds = (time.perf_counter() - began) / len(starts)
+        for row, start, text in zip(rows, starts, texts, strict=True):
+            self.spent[row].add(model, len(start) + len(text), 0, 1, seconds, len(text))
+        self.pulse()
         return found
 
 
@@ -138,6 +169,8 @@ def identity(value: Any) -> Any:
     """
     from workbench.evaluation.conditions import fingerprint
 
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no infinity
     if value is None or isinstance(value, str | int | float | bool):
         return value
     if isinstance(value, LM):

@@ -1,0 +1,156 @@
+"""A small model before a large one: it drafts, and the large model is asked only where the draft is in doubt.
+
+`HandOver` reads the doubt from the small model itself, `DraftVerify` from how likely the large model finds the draft,
+in one forward. `choose_threshold` picks the doubt above which the large model answers, on tuning questions.
+Cascades: FrugalGPT, arXiv 2305.05176. The condition's model is the large one; its interventions do not reach the small
+one. Not covered: more than two models, speculative decoding (token by token, arXiv 2211.17192).
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from workbench.divergence import TokenScores
+from workbench.evaluation.asking import Answer, Ask
+from workbench.evaluation.judging import judge
+from workbench.generate import Generation
+from workbench.models import LM
+from workbench.results import Results
+
+__all__ = ["Choice", "DraftVerify", "HandOver", "choose_threshold"]
+
+MEASURES = ("entropy", "margin", "probability", "disagreement")
+
+
+@dataclass(frozen=True)
+class HandOver:
+    """The small model answers; where its doubt is above the threshold, the large one answers instead.
+
+    measure: 'entropy' of the next token in nats, 'margin' (1 minus how far the likeliest token is ahead), 'probability'
+    (minus the log-probability, in nats), each over the tokens of the answer ('mean' or 'max' by `over`), or
+    'disagreement', the share of `samples` at `temperature` that end in another answer than the greedy one. Reading the
+    first three costs the small model a second forward over its answer, which is counted; a loop of its own could save
+    it. Facts: doubt, handed_over; the draft is the row's sample. threshold: infinity hands over nothing.
+    """
+
+    small: LM
+    threshold: float
+    measure: str = "entropy"
+    over: str = "mean"
+    samples: int = 4
+    temperature: float = 0.7
+
+    def __post_init__(self) -> None:
+        if self.measure not in MEASURES or self.over not in ("mean", "max") or self.samples < 1:
+            raise ValueError(
+                f"measure={self.measure!r}, over={self.over!r}, samples={self.samples}: measure is one of "
+                f"{', '.join(MEASURES)}, over is 'mean' or 'max', samples is 1 or more."
+            )
+
+    def solve(self, ask: Ask) -> list[Answer]:
+        """See `evaluation.Solver`."""
+        drafts = _drafted(ask, self.small)
+        if self.measure == "disagreement":
+            doubts = self._disagreement(ask, drafts)
+        else:
+            prompts = [self.small.render(ask.messages(row)) for row in range(len(ask.rows))]
+            texts = [draft.token_ids for draft in drafts]
+            scores = ask.score(prompts, texts, range(len(ask.rows)), lm=self.small)
+            doubts = [_doubt(each, self.measure, self.over) for each in scores]
+        return _answered(ask, drafts, doubts, self.threshold)
+
+    def _disagreement(self, ask: Ask, drafts: list[Generation]) -> list[float]:
+        rows = [row for row in range(len(ask.rows)) for _ in range(self.samples)]
+        draws = [1 + draw for _ in drafts for draw in range(self.samples)]
+        prompts = [ask.messages(row) for row in rows]
+        found = ask.generate(prompts, rows, lm=self.small, temperature=self.temperature, draws=draws)
+        greedy = [_extracted(ask, row, draft.text) for row, draft in enumerate(drafts)]
+        apart = Counter(
+            row for row, one in zip(rows, found, strict=True) if _extracted(ask, row, one.text) != greedy[row]
+        )
+        return [apart[row] / self.samples for row in range(len(drafts))]
+
+
+@dataclass(frozen=True)
+class DraftVerify:
+    """A small model drafts the answer; the large one keeps it, or writes its own where it finds the draft unlikely.
+
+    threshold: mean nats a token (minus the log-probability under the large model, one forward) above which a draft is
+    rewritten; infinity keeps all. Facts: doubt (those nats), handed_over; the draft is the row's sample.
+    """
+
+    draft: LM
+    threshold: float
+
+    def solve(self, ask: Ask) -> list[Answer]:
+        """See `evaluation.Solver`."""
+        drafts, rows = _drafted(ask, self.draft), range(len(ask.rows))
+        alike = self.draft.tokenizer.get_vocab() == ask.lm.tokenizer.get_vocab()
+        texts = [draft.token_ids if alike else ask.lm.encode(draft.text or " ") for draft in drafts]
+        scores = ask.score([ask.prompt(row) for row in rows], texts, rows)
+        return _answered(ask, drafts, [_doubt(each, "probability", "mean") for each in scores], self.threshold)
+
+
+def _drafted(ask: Ask, small: LM) -> list[Generation]:
+    rows = range(len(ask.rows))
+    return ask.generate([ask.messages(row) for row in rows], rows, lm=small)
+
+
+def _extracted(ask: Ask, row: int, text: str) -> str | None:
+    return judge(ask.task, ask.rows[row], text)[0].extracted
+
+
+def _doubt(scores: TokenScores, measure: str, over: str) -> float:
+    tokens = {"entropy": scores.entropy, "margin": 1 - scores.margin, "probability": -scores.logprobs}[measure]
+    return round(float(tokens.max() if over == "max" else tokens.mean()), 6)
+
+
+def _answered(ask: Ask, drafts: list[Generation], doubts: list[float], threshold: float) -> list[Answer]:
+    """The large model's answer where the doubt is above the threshold, else the draft."""
+    over = [row for row, doubt in enumerate(doubts) if doubt > threshold]
+    large = dict(zip(over, ask.generate([ask.prompt(row) for row in over], over), strict=True))
+    answers = []
+    for row, (draft, doubt) in enumerate(zip(drafts, doubts, strict=True)):
+        facts = {"doubt": doubt, "handed_over": row in large}
+        answers.append(Answer(large.get(row, draft).text, samples=(draft.text,), facts=facts))
+    return answers
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A threshold, and what it did on the questions that it was chosen on."""
+
+    threshold: float
+    share: float
+    accuracy: float
+    n: int
+
+
+def choose_threshold(
+    results: Results, cascade: str, large: str, *, share: float | None = None, loss: float = 0.0
+) -> Choice:
+    """The threshold that hands over the fewest questions and loses at most `loss` accuracy to the best threshold.
+
+    results: of the tuning split, with a condition `cascade` (at any threshold) and one of the `large` model alone.
+    share: instead, the most accurate threshold that hands over at most this share of the questions.
+    Raises ValueError for results of the test split, or a condition without a doubt in its rows.
+    """
+    if results.about.get("split") == "test":
+        raise ValueError("A threshold chosen on the test split would flatter what is reported. Use split='tuning'.")
+    rows = results.rows[results.rows.condition == cascade].set_index("id")
+    if "doubt" not in rows or rows.empty or rows.doubt.isna().any():
+        raise ValueError(f"Condition {cascade!r} holds no doubts; it is answered by HandOver or DraftVerify.")
+    doubts = rows.doubt.to_numpy(float)
+    small = np.array([samples[0]["correct"] for samples in rows.samples])
+    other = results.correct(large).loc[rows.index].to_numpy(bool)
+    found = []
+    for threshold in (-np.inf, *np.unique(doubts)):
+        over = doubts > threshold
+        found.append(
+            Choice(float(threshold), float(over.mean()), float(np.where(over, other, small).mean()), len(rows))
+        )
+    if share is not None:
+        return min((each for each in found if each.share <= share), key=lambda each: (-each.accuracy, each.share))
+    best = max(each.accuracy for each in found)
+    return min((each for each in found if each.accuracy >= best - loss - 1e-9), key=lambda each: each.share)

@@ -68,7 +68,7 @@ def pairs_clustered(rng: np.random.Generator, runs: int) -> Iterator[Found]:
         sizes = spread_sizes(clusters, size) if uneven else np.full(clusters, size)
         up, down = clustered_pairs(rng, runs, sizes, rate, icc)
         sums, squares = (up - down).astype(float), (up + down).astype(float)
-        setting = {"n": int(sizes.sum()), "clusters": clusters, "icc": icc, "discordance": rate}
+        setting: dict[str, Any] = {"n": int(sizes.sum()), "clusters": clusters, "icc": icc, "discordance": rate}
         setting["other"] = "uneven" if uneven else ""
         yield "McNemar, clusters ignored", setting, sign_test(down.sum(1), up.sum(1)) <= ALPHA
         yield "sign flip over clusters", setting, sign_flip(sums, resamples=4000) <= ALPHA
@@ -89,7 +89,7 @@ def shares_clustered(rng: np.random.Generator, runs: int) -> Iterator[Found]:
         if icc:
             own = rng.beta(share * (1 / icc - 1), (1 - share) * (1 / icc - 1), size=(runs, clusters))
         counts = rng.binomial(sizes, own).astype(float)
-        setting = {"n": int(sizes.sum()), "clusters": clusters, "icc": icc, "accuracy": share}
+        setting: dict[str, Any] = {"n": int(sizes.sum()), "clusters": clusters, "icc": icc, "accuracy": share}
         setting["other"] = "uneven" if uneven else ""
         total = int(sizes.sum())
         limits = np.array([(x.low, x.high) for x in (wilson(k, total) for k in range(total + 1))])
@@ -175,7 +175,7 @@ def clustered_pairs(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts [runs, clusters] of pairs won and lost; the differences' correlation in a cluster is `icc` <= `rate`."""
     differing = rng.binomial(sizes, rate, size=(runs, len(sizes)))
-    won = 0.5
+    won: float | np.ndarray = 0.5
     if icc:  # Beta(a, a) shares won: correlation of the differences is rate / (2 a + 1)
         shape = (rate / icc - 1) / 2
         won = rng.beta(shape, shape, size=differing.shape)
@@ -225,9 +225,9 @@ def main() -> None:
     table = type_one(options.runs, options.seed)
     if options.out:
         write_atomic(options.out, table.to_csv(index=False))
-    print(markdown(table.drop(columns=["rejected", "low", "high"]).assign(rejected=[
-        f"{100 * row.rejected:.1f} % [{100 * row.low:.1f}, {100 * row.high:.1f}]" for row in table.itertuples()
-    ])))  # fmt: skip
+    shares = 100 * table[["rejected", "low", "high"]].to_numpy(dtype=float)
+    said = [f"{share:.1f} % [{low:.1f}, {high:.1f}]" for share, low, high in shares]
+    print(markdown(table.drop(columns=["rejected", "low", "high"]).assign(rejected=said)))
     print()
     print(markdown(savings(max(200, options.runs // 4), options.seed)))
 
@@ -235,7 +235,7 @@ def main() -> None:
 def markdown(table: pd.DataFrame) -> str:
     """A Markdown table; cells that say nothing stay empty."""
     rows = [[_cell(x) for x in row] for row in table.to_numpy(dtype=object).tolist()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [list(table), ["---"] * len(table.columns), *rows])
+    return "\n".join(f"| {' | '.join(row)} |" for row in [list(map(str, table)), ["---"] * len(table.columns), *rows])
 
 
 def _cell(value: Any) -> str:

@@ -58,7 +58,7 @@ def loglikelihoods(
     >>> one.tokens == len(one.token_logprobs) and one.logprob < 0
     True
     """
-    if isinstance(requests, str):
+    if isinstance(requests, str):  # type: ignore[unreachable]  # which the annotation forbids, but people do
         raise ModelError("requests is one string. Give a list of pairs: [(context, continuation)].")
     encoded = [_cut(lm, each) for each in encode_requests(lm, requests)]
     wanted = inherit(lm, _one_a_row(interventions, len(encoded))) if encoded else []

@@ -50,8 +50,8 @@ def minimal_pairs(
     found = []
     for row, good, bad in zip(rows, scored[::2], scored[1::2], strict=True):
         right = round(good.logprob, PLACES) > round(bad.logprob, PLACES)
-        names = (str(row.get(name, "")) for name in ("id", "paradigm", "field"))
-        found.append(Pair(*names, good.logprob, bad.logprob, right))
+        name, paradigm, field = (str(row.get(key, "")) for key in ("id", "paradigm", "field"))
+        found.append(Pair(name, paradigm, field, good.logprob, bad.logprob, right))
     return found
 
 

@@ -138,7 +138,11 @@ def _run(ask: Ask, solver: Solver, prompts: list[str], verify_seconds: float) ->
 def _line(
     task: Task, row: dict[str, Any], prompt: str, found: Answer, spent: Cost, verify_seconds: float
 ) -> dict[str, Any]:
-    verdict, hung = (found.verdict, False) if found.verdict else judge(task, row, found.text, verify_seconds)
+    told = {text: judge(task, row, text, verify_seconds) for text in dict.fromkeys(found.samples)}  # each text once
+    if found.verdict:
+        verdict, hung = found.verdict, False
+    else:
+        verdict, hung = told.get(found.text) or judge(task, row, found.text, verify_seconds)
     line = {
         "id": str(row["id"]),
         "prompt": prompt,
@@ -152,11 +156,11 @@ def _line(
         **asdict(spent),
     }
     if found.samples:
-        verdicts = [judge(task, row, text, verify_seconds) for text in found.samples]
+        verdicts = [(text, told[text][0]) for text in found.samples]
         line["samples"] = [
-            {"output": text, "extracted": v.extracted, "correct": bool(v.correct)}
-            for text, (v, _) in zip(found.samples, verdicts, strict=True)
+            {"output": text, "extracted": v.extracted, "correct": bool(v.correct)} for text, v in verdicts
         ]
+        line["solve_rate"] = sum(bool(v.correct) for _, v in verdicts) / len(verdicts)
     for name in ("cluster", "difficulty"):
         if name in row:
             line[name] = row[name]

@@ -1,0 +1,24 @@
+"""Ways to answer a question, as part of a condition of `evaluate`: samples, votes, the best of several, programs.
+
+A solver is a frozen dataclass with `solve(ask) -> list[Answer]` (`workbench.evaluation.asking`). Greedy decoding is
+`evaluation.Greedy`, wordings of the prompt are `workbench.prompts`, estimates from stored samples without asking again
+are `workbench.evaluation.stored`.
+"""
+
+from workbench.solvers.best_of import BestOf
+from workbench.solvers.probe import Probe, fit_probe
+from workbench.solvers.programs import Program
+from workbench.solvers.sampling import Samples, SelfConsistency
+from workbench.solvers.two_stage import ThinkThenAnswer
+from workbench.solvers.verifier import AskedVerifier
+
+__all__ = [
+    "AskedVerifier",
+    "BestOf",
+    "Probe",
+    "Program",
+    "Samples",
+    "SelfConsistency",
+    "ThinkThenAnswer",
+    "fit_probe",
+]

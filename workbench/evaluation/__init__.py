@@ -19,7 +19,7 @@ from workbench.evaluation.asking import Answer, Ask, Greedy, Solver, identity
 from workbench.evaluation.conditions import Condition, Plan, fingerprint
 from workbench.evaluation.cost import Cost, peak_memory
 from workbench.evaluation.judging import SECONDS, judge
-from workbench.evaluation.storing import Answered, chunk_file, joined, store, stored
+from workbench.evaluation.storing import Answered, chunk_file, joined, kept, store
 from workbench.files import content_key
 from workbench.interventions import Logits
 from workbench.models import LM
@@ -103,7 +103,7 @@ def _answer(
         prompts = [part.prompt(place) for place in range(len(part.rows))]
         key = content_key(**base, prompts=prompts, ids=[str(row["id"]) for row in part.rows])
         file = None if folder is None else chunk_file(folder, plan.name, number)
-        answered = stored(file, key)
+        answered = kept(file, key)
         if answered is None:
             answered = _run(part, plan.solver, prompts, verify_seconds)
             store(file, key, answered)

@@ -1,8 +1,9 @@
 """Zero-shot chain of thought as its paper asks: the answer is begun for the model, then the result is asked for.
 
 Kojima et al., arXiv 2205.11916: first the chain behind a trigger, then, behind question and chain, the words that
-introduce the answer (the paper's for numbers, "the answer (arabic numerals) is", aren't read as a statement by
-`tasks.answers`, so the default leaves the brackets out). Two calls a question. For a wording in the user's turn, in one call: `prompts.zero_shot`.
+introduce the answer. The paper's words for numbers, "the answer (arabic numerals) is", aren't read as a statement by
+`tasks.answers`, so the default leaves the brackets out. Two calls a question. For a wording in the user's turn, in one
+call: `prompts.zero_shot`.
 """
 
 from dataclasses import dataclass

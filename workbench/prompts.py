@@ -19,6 +19,14 @@ if TYPE_CHECKING:
 
 STYLES = ("direct", "steps", "long", "program")
 INSTRUCTIONS = {**SYSTEM, "program": "Write a Python program that prints the answer."}
+SHORT = {
+    "number": "Answer with the number only.",
+    "option": "Answer with the letter of the option only.",
+    "latex": r"Answer with the result only, as \boxed{...}.",
+    "list": "Answer with the list only.",
+    "text": "Answer with the answer alone, without an explanation.",
+    "code": "Answer with the code only.",
+}
 Message = dict[str, str]
 Row = dict[str, Any]
 
@@ -32,12 +40,14 @@ class Strategy:
         system: text of the system turn, or None for no such turn.
         shots: number of worked examples before the question; drawn from the tuning split, the same for a row each time.
         style: 'direct', 'steps', 'long' or 'program' (`synthesis.programs`): which worked solution the examples show.
+        suffix: a paragraph behind the question in the user's turn, for templates that have no system turn.
     """
 
     name: str = "plain"
     system: str | None = None
     shots: int = 0
     style: str = "direct"
+    suffix: str = ""
 
     def __post_init__(self) -> None:
         if self.style not in STYLES:
@@ -56,6 +66,26 @@ def instruction(style: str = "steps") -> Strategy:
     return Strategy(name=f"told: {style}", system=INSTRUCTIONS[style], style=style)
 
 
+def zero_shot(wording: str = "Let's think step by step.") -> Strategy:
+    """Zero-shot chain of thought: the wording behind the question, no examples (Kojima et al., arXiv 2205.11916).
+
+    The paper writes it as the beginning of the answer and asks a second time for the number; here it stands in the
+    user's turn, where a chat template has room for it, and the answer is read by the task's verifier.
+    """
+    return Strategy(name="zero-shot steps", suffix=wording, style="steps")
+
+
+def short_answer(kind: str = "number", wording: str | None = None) -> Strategy:
+    """The answer alone is asked for; `kind` is the task's (`task.kind`), `wording` another way to say it.
+
+    >>> short_answer("option").suffix
+    'Answer with the letter of the option only.'
+    """
+    if wording is None and kind not in SHORT:
+        raise ValueError(f"kind={kind!r} has no wording for a short answer. Kinds: {', '.join(SHORT)}; or wording=.")
+    return Strategy(name="short answer", suffix=wording if wording is not None else SHORT[kind])
+
+
 def messages(task: "Task", row: dict[str, Any], strategy: Strategy | None = None) -> list[Message]:
     """Chat messages that put one row's question; they end in the user's turn.
 
@@ -67,11 +97,14 @@ def messages(task: "Task", row: dict[str, Any], strategy: Strategy | None = None
     if strategy.shots:
         for example in examples_for(task, row, strategy.shots):
             turns += _exchange(task, example, strategy.style)
-    return [*turns, {"role": "user", "content": row["question"]}]
+    asked = f"{row['question']}\n\n{strategy.suffix}" if strategy.suffix else row["question"]
+    return [*turns, {"role": "user", "content": asked}]
 
 
 def _exchange(task: "Task", row: dict[str, Any], style: str) -> list[Message]:
     solutions = row.get("solutions") or {}
+    if style == "direct" and "direct" not in solutions and "entry_point" not in row:  # code is no short answer
+        solutions = solutions | {"direct": f"The answer is {row['answer']}."}
     if style not in solutions:
         raise ValueError(
             f"Task {task.name} has no worked solution in style {style!r} (it has: {', '.join(solutions) or 'none'}). "

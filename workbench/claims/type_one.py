@@ -131,8 +131,8 @@ def family(rng: np.random.Generator, runs: int, tests: int = 12) -> Iterator[Fou
     steps = np.arange(1, tests + 1)
     for name, mid in (("exact McNemar", False), ("mid-p McNemar", True)):
         p = np.sort(sign_test(only_a, only_b, mid), axis=1)
-        yield f"{name}, not adjusted", setting, p[:, 0] <= ALPHA
-        yield f"{name}, Holm", setting, p[:, 0] * tests <= ALPHA
+        yield f"{name}, not adjusted", setting, np.asarray(p[:, 0] <= ALPHA)
+        yield f"{name}, Holm", setting, np.asarray(p[:, 0] * tests <= ALPHA)
         yield f"{name}, Benjamini-Hochberg", setting, (p * tests / steps <= ALPHA).any(1)
 
 

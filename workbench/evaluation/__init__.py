@@ -19,7 +19,7 @@ from workbench.evaluation.asking import Answer, Ask, Greedy, Solver, identity
 from workbench.evaluation.conditions import Condition, Plan, fingerprint
 from workbench.evaluation.cost import Cost, peak_memory
 from workbench.evaluation.judging import SECONDS, judge
-from workbench.evaluation.storing import Answered, chunk_file, joined, store, stored
+from workbench.evaluation.storing import Answered, chunk_file, joined, kept, store
 from workbench.files import content_key
 from workbench.interventions import Logits
 from workbench.models import LM
@@ -103,7 +103,7 @@ def _answer(
         prompts = [part.prompt(place) for place in range(len(part.rows))]
         key = content_key(**base, prompts=prompts, ids=[str(row["id"]) for row in part.rows])
         file = None if folder is None else chunk_file(folder, plan.name, number)
-        answered = stored(file, key)
+        answered = kept(file, key)
         if answered is None:
             answered = _run(part, plan.solver, prompts, verify_seconds)
             store(file, key, answered)
@@ -139,7 +139,11 @@ def _run(ask: Ask, solver: Solver, prompts: list[str], verify_seconds: float) ->
 def _line(
     task: Task, row: dict[str, Any], prompt: str, found: Answer, spent: Cost, verify_seconds: float
 ) -> dict[str, Any]:
-    verdict, hung = (found.verdict, False) if found.verdict else judge(task, row, found.text, verify_seconds)
+    told = {text: judge(task, row, text, verify_seconds) for text in dict.fromkeys(found.samples)}  # each text once
+    if found.verdict:
+        verdict, hung = found.verdict, False
+    else:
+        verdict, hung = told.get(found.text) or judge(task, row, found.text, verify_seconds)
     line = {
         "id": str(row["id"]),
         "prompt": prompt,
@@ -153,11 +157,11 @@ def _line(
         **asdict(spent),
     }
     if found.samples:
-        verdicts = [judge(task, row, text, verify_seconds) for text in found.samples]
+        verdicts = [(text, told[text][0]) for text in found.samples]
         line["samples"] = [
-            {"output": text, "extracted": v.extracted, "correct": bool(v.correct)}
-            for text, (v, _) in zip(found.samples, verdicts, strict=True)
+            {"output": text, "extracted": v.extracted, "correct": bool(v.correct)} for text, v in verdicts
         ]
+        line["solve_rate"] = sum(bool(v.correct) for _, v in verdicts) / len(verdicts)
     for name in ("cluster", "difficulty"):
         if name in row:
             line[name] = row[name]

@@ -20,6 +20,7 @@ from workbench.interventions import Intervention
 from workbench.models import LM
 from workbench.prompts import Message, Strategy
 from workbench.tasks import Task, Verdict
+from workbench.tasks.answers import reopened
 
 Row = dict[str, Any]
 
@@ -152,8 +153,10 @@ class Greedy:
     def solve(self, ask: Ask) -> list[Answer]:
         """See `Solver`."""
         places = range(len(ask.rows))
-        found = ask.generate([ask.prompt(place) for place in places], places)
-        return [Answer(one.text, facts={"finished": one.finished}) for one in found]
+        prompts = [ask.prompt(place) for place in places]
+        found = ask.generate(prompts, places)
+        texts = [reopened(*each) for each in zip(prompts, (one.text for one in found), strict=True)]
+        return [Answer(text, facts={"finished": one.finished}) for text, one in zip(texts, found, strict=True)]
 
 
 def stream(seed: int, question: str, draw: int) -> int:

@@ -21,7 +21,7 @@ def chunk_file(folder: Path, condition: str, number: int) -> Path:
     return folder / "conditions" / f"{readable}-{content_key(name=condition)[:6]}" / f"{number:05}.json"
 
 
-def stored(file: Path | None, key: str) -> Answered | None:
+def kept(file: Path | None, key: str) -> Answered | None:
     """The chunk, if it is there whole and made from the same things."""
     if file is None or not file.exists():
         return None

@@ -55,6 +55,18 @@ def final_text(text: str) -> str:
     return _NEXT_QUESTION.split(text, maxsplit=1)[0].strip()
 
 
+def reopened(prompt: str, text: str) -> str:
+    """An answer with the thinking block that its prompt opened, so that unfinished thoughts are known as such.
+
+    Some chat templates end the prompt in `<think>`; if the tokens run out before it is closed, the text has no mark.
+
+    >>> final_text("17 or so"), final_text(reopened("7+9?<|assistant|><think>\\n", "17 or so"))
+    ('17 or so', '')
+    """
+    opened = re.search(r"<(think|thinking)>\s*$", prompt)
+    return opened[0] + text if opened else text
+
+
 def boxed(text: str) -> list[tuple[int, str]]:
     r"""Start and content of every `\boxed{...}`, with braces balanced; an unfinished one is left out.
 

@@ -131,9 +131,9 @@ def family(rng: np.random.Generator, runs: int, tests: int = 12) -> Iterator[Fou
     steps = np.arange(1, tests + 1)
     for name, mid in (("exact McNemar", False), ("mid-p McNemar", True)):
         p = np.sort(sign_test(only_a, only_b, mid), axis=1)
-        yield f"{name}, not adjusted", setting, np.asarray(p[:, 0] <= ALPHA)
-        yield f"{name}, Holm", setting, np.asarray(p[:, 0] * tests <= ALPHA)
-        yield f"{name}, Benjamini-Hochberg", setting, (p * tests / steps <= ALPHA).any(1)
+        yield f"{name}, not adjusted", setting, p[:, 0] <= ALPHA
+        yield f"{name}, Holm", setting, p[:, 0] * tests <= ALPHA
+        yield f"{name}, Benjamini-Hochberg", setting, np.any(p * tests / steps <= ALPHA, axis=1)
 
 
 def looking(rng: np.random.Generator, runs: int, n: int = 500) -> Iterator[Found]:
@@ -141,13 +141,13 @@ def looking(rng: np.random.Generator, runs: int, n: int = 500) -> Iterator[Found
     for rate in (0.1, 0.4):
         setting = {"n": n, "discordance": rate, "other": "every look"}
         draws = rng.choice(3, size=(runs, n), p=[rate / 2, 1 - rate, rate / 2])
-        yield "sequential_difference", setting, looks(draws, (0.0, 0.5, 1.0), 0.5).any(1)
+        yield "sequential_difference", setting, np.any(looks(draws, (0.0, 0.5, 1.0), 0.5), axis=1)
         only_a, only_b = np.cumsum(draws == 0, axis=1), np.cumsum(draws == 2, axis=1)
-        yield "exact McNemar at every look", setting, (sign_test(only_a, only_b) <= ALPHA).any(1)
+        yield "exact McNemar at every look", setting, np.any((sign_test(only_a, only_b) <= ALPHA), axis=1)
     for share in (0.5, 0.9):
         draws = (rng.random((runs, n)) < share).astype(int)
         setting = {"n": n, "accuracy": share, "other": "every look"}
-        yield "sequential_mean", setting, looks(draws, (0.0, 1.0), share).any(1)
+        yield "sequential_mean", setting, np.any(looks(draws, (0.0, 1.0), share), axis=1)
 
 
 def savings(runs: int = 1000, seed: int = 0, effect: float = 0.1) -> pd.DataFrame:

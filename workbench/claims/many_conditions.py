@@ -1,0 +1,136 @@
+"""Many conditions on many tasks, with intervals, costs and corrected p-values, on one table a task.
+
+Adapter, steering vector and cache edit are those of a run folder (notebooks 02 to 04), so nothing is chosen on the test
+questions that are reported here. A condition that a task or a model can't have (no worked steps for its examples, more
+tokens than the model has positions) is told and left out. Rows are kept while they are made; a second start goes on.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from workbench.evaluation import Condition, evaluate
+from workbench.evaluation.conditions import Plan
+from workbench.interventions import Adapter, load_intervention
+from workbench.models import LM, load_model
+from workbench.prompts import few_shot, instruction, short_answer, zero_shot
+from workbench.report.tables import format_table
+from workbench.runs.stages import COST
+from workbench.solvers import BestOf, Budget, Correct, HandOver, SelfConsistency
+from workbench.tasks import Task, load_task
+
+LAB = ("word-problems", "chain-sum", "leg-counting", "number-sorting", "syllogism", "gcd")
+SHOWN = ["condition", "n", "accuracy", "low", "high", "unparsed", "tokens_in", "tokens_out", "calls", "gflops"]
+
+
+def changes(run: Path) -> dict[str, Any]:
+    """The adapter, vector, random vector and cache edit that the notebooks of a run left."""
+    found: dict[str, Any] = {
+        "tuned": Adapter(run / "02_finetune_qlora" / "adapter"),
+        "residual-steered": load_intervention(run / "03_steering_vectors" / "steering.safetensors"),
+        "random": load_intervention(run / "03_steering_vectors" / "random.safetensors"),
+    }
+    kv = load_intervention(run / "04_kv_cache" / "kv.safetensors")
+    return found | ({"KV-steered": kv} if getattr(kv, "values", None) else {})
+
+
+def conditions(task: Task, made: dict[str, Any], small: LM | None, doubt: float) -> dict[str, Condition]:
+    """Prompts, ways to answer and changes of the model, for tasks that are answered in words."""
+    shots = few_shot("steps", 3)
+    every: dict[str, Condition] = {
+        "plain": [],
+        "short answer": [short_answer(task.kind)],
+        "zero-shot steps": [zero_shot()],
+        "told to show steps": [instruction("steps")],
+        "3 shots, direct": [few_shot("direct", 3)],
+        "few-shot steps": [shots],
+        "5 votes": [shots, SelfConsistency(5)],
+        "best of 5 by likelihood": [shots, BestOf(5)],
+        "best of 5, oracle": [shots, BestOf(5, by="exact")],
+        "at most 40 tokens of steps": [shots, Budget(most=40)],
+        "told to correct itself": [instruction("steps"), Correct()],
+        **{name: [change] for name, change in made.items()},
+        "tuned + steered": [made["tuned"], made["residual-steered"]],
+        "tuned, 5 votes": [made["tuned"], SelfConsistency(5)],
+    }
+    if small is not None:
+        every["hand-over from the smaller model"] = [instruction("steps"), HandOver(small, doubt)]
+    return every
+
+
+def pair_conditions(made: dict[str, Any]) -> dict[str, Condition]:
+    """For minimal pairs, which are scored and not answered: changes, strengths, and ways to count a length."""
+    from workbench.solvers import Likelihood
+
+    x, random = made["residual-steered"], made["random"]
+    every: dict[str, Condition] = {"plain": [Likelihood()]}
+    every |= {f"plain, by {unit}": [Likelihood(unit)] for unit in ("token", "byte", "character")}
+    every |= {name: [change, Likelihood()] for name, change in made.items()}
+    every |= {f"residual-steered, x {s:g}": [s * x, Likelihood()] for s in (0.5, 2.0, 4.0)}
+    every |= {"random, x 4": [4.0 * random, Likelihood()]}
+    return every | {"tuned + steered": [made["tuned"], x, Likelihood()]}
+
+
+def possible(
+    lm: LM, task: Task, rows: Sequence[dict[str, Any]], wanted: dict[str, Condition], limit: int
+) -> dict[str, Condition]:
+    """The conditions that can be asked of every row; what is left out is told with its reason."""
+    room = lm.model.config.get_text_config().max_position_embeddings - limit
+    kept = {}
+    for name, condition in wanted.items():
+        plan = Plan.of(name, condition)
+        try:
+            longest = max(len(lm.encode(task.messages(row, plan.strategy))) for row in rows)
+        except ValueError as error:
+            print(f"{task.name}: left out {name}: {error}")
+            continue
+        if longest > room:
+            print(f"{task.name}: left out {name}: a prompt has {longest} tokens, there is room for {room}")
+            continue
+        kept[name] = condition
+    return kept
+
+
+def table(lm: LM, task: Task, wanted: dict[str, Condition], n: int | None, limit: int, out: Path) -> pd.DataFrame:
+    """Accuracy, cost and the paired difference to the first condition, one line a condition."""
+    found = evaluate(lm, task, wanted, n=n, seed=0, max_new_tokens=limit, out=out)
+    lines = found.table()
+    beside = found.comparisons().set_index("b")[["difference", "low", "high", "p_holm"]]
+    beside.columns = ["difference", "difference_low", "difference_high", "p_holm"]
+    return lines[SHOWN].join(beside, on="condition").assign(seconds=lines.seconds)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m workbench.claims.many_conditions", description=(__doc__ or "")[:90]
+    )
+    parser.add_argument("--model", default="lab")
+    parser.add_argument("--small", help="the smaller model that hands over to it")
+    parser.add_argument("--doubt", type=float, default=0.1, help="entropy in nats a token above which it hands over")
+    parser.add_argument("--run", type=Path, default=Path("outputs/main"), help="run folder with adapter, vector, edit")
+    parser.add_argument("--tasks", nargs="+", default=[*LAB, "svamp", "gsm8k", "blimp"])
+    parser.add_argument("--n", type=int, default=200)
+    parser.add_argument("--limit", type=int, default=96, help="new tokens an answer")
+    parser.add_argument("--out", type=Path, default=Path("outputs/many-conditions"))
+    options = parser.parse_args()
+    if not (options.run / "04_kv_cache" / COST).exists():
+        parser.error(f"{options.run} holds no run with adapter, vector and cache edit. Next: make run")
+    lm, made = load_model(options.model), changes(options.run)
+    small = load_model(options.small) if options.small else None
+    for name in options.tasks:
+        pairs = name.startswith("blimp")
+        task = load_task(name, per_paradigm=20) if name == "blimp" else load_task(name)
+        n = None if pairs else options.n
+        wanted = pair_conditions(made) if pairs else conditions(task, made, small, options.doubt)
+        if not pairs:
+            wanted = possible(lm, task, task.rows("test", n=n, seed=0), wanted, options.limit)
+        lines = table(lm, task, wanted, n, options.limit, options.out / lm.name / name.replace(":", "-"))
+        print(f"\n{lm.name} on {name}\n{format_table(lines.to_dict('records'))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -44,19 +44,28 @@ class Comparison:
 
 def compare(folders: Sequence[Path]) -> Comparison:
     """Compare run folders; raises ValueError for a folder without any finished stage."""
+    found = differences(folders)
+    names = run_names(folders)
+    rows = [{"run": name, **row} for name, folder in zip(names, folders, strict=True) for row in result_rows(folder)]
+    return Comparison(names, found, rows)
+
+
+def differences(folders: Sequence[Path]) -> list[Row]:
+    """What differs between run folders, one row a parameter, model, package or library; a column a run.
+
+    Raises ValueError for a folder without any finished stage, and for one that is named twice.
+    """
     names = run_names(folders)
     facts = [ingredients_of(folder) for folder in folders]
     for folder, found in zip(folders, facts, strict=True):
         if not found:
             raise ValueError(f"{folder} holds no finished stage. Look at it: python -m workbench status {folder}")
     keys = sorted({key for found in facts for key in found})
-    differences = [
+    return [
         {"what": key, **{name: found.get(key) for name, found in zip(names, facts, strict=True)}}
         for key in keys
         if len({json.dumps(found.get(key), sort_keys=True) for found in facts}) > 1
     ]
-    rows = [{"run": name, **row} for name, folder in zip(names, folders, strict=True) for row in result_rows(folder)]
-    return Comparison(names, differences, rows)
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -42,7 +42,17 @@ def robustness_table(
         condition, perturbation, rate with low and high, n (changed questions that were right before), questions,
         accuracy_before, accuracy_after. Conditions that had nothing right, and changes that no question of the task
         can have, are left out: an empty table says that there was nothing to keep.
+
+    Raises:
+        ValueError: a condition without rows before.
     """
+    missing = [name for name in conditions if name not in set(before.condition)]
+    if missing:
+        known = ", ".join(dict.fromkeys(before.condition))
+        raise ValueError(
+            f"Condition {missing[0]!r} is not among the rows before (they have: {known}). Evaluate the same conditions "
+            "on the unchanged task first."
+        )
     lines: list[pd.DataFrame] = []
     for change in changes:
         name = getattr(change, "__name__", "changed")

@@ -48,7 +48,6 @@ from workbench.solvers import (
 )
 from workbench.solvers.probe import _held_out, _logistic
 from workbench.solvers.sampling import Drawn
-from workbench.solvers.scoring import log_probabilities
 from workbench.solvers.verifier import verifier_records
 from workbench.statistics import bootstrap_mean, wilson
 from workbench.synthesis.programs import SHOTS, program_task
@@ -210,7 +209,7 @@ def test_costs_add_up(lab: LM, word_problems: Task, five: pd.DataFrame) -> None:
     assert (best.tokens_out == five.tokens_out).all()
     ask = Ask(lab, word_problems, word_problems.rows(n=1))
     prompt, answer = lab.encode("1+1?"), lab.encode("It is 2")
-    log_probabilities(ask, 0, lab, None, prompt, answer)
+    ask.score([prompt], [answer], [0])
     assert ask.spent[0].flops == forward_flops(lab, len(prompt) + len(answer), len(answer))
     assert (best.flops > five.flops).all()
 
@@ -251,9 +250,11 @@ def test_a_text_is_scored_under_the_change_that_made_it(lm: LM, word_problems: T
     for place in range(2):
         (made,) = ask.generate([ask.prompt(place)], [place])
         prompt = lm.encode(ask.prompt(place))
-        under = log_probabilities(ask, place, lm, change, prompt, made.token_ids)
-        assert under.argmax(-1).tolist() == made.token_ids
-        assert log_probabilities(ask, place, lm, None, prompt, made.token_ids).argmax(-1).tolist() != made.token_ids
+        (under,) = ask.score([prompt], [made.token_ids], [place])
+        (plain,) = ask.score([prompt], [made.token_ids], [place], by=(lm, None))
+        found = plain_log_probabilities(lm, prompt, made.token_ids).gather(1, torch.tensor(made.token_ids)[:, None])
+        assert plain.logprobs == pytest.approx(found[:, 0].numpy(), abs=1e-5)
+        assert under.logprobs.sum() > plain.logprobs.sum()  # its own greedy answer is the more likely one under it
 
 
 def test_best_by_the_oracle_is_pass_at_n(lab: LM, word_problems: Task, five: pd.DataFrame) -> None:
@@ -286,7 +287,7 @@ def test_a_weighted_vote_adds_the_scores(lab: LM, word_problems: Task) -> None:
 def test_the_asked_verifier_is_the_chance_of_yes_against_no(lm: LM, word_problems: Task) -> None:
     ask = Ask(lm, word_problems, word_problems.rows(n=1))
     sample = Drawn("", "<think>9?</think>It is {question} 4.", Generation("", [5], 1, 1, 0.0, True, 1))
-    score = AskedVerifier().score(ask, 0, sample)
+    score = AskedVerifier().scores(ask, [0], [sample])[0]
     asked = f"{ask.rows[0]['question']}\n\nProposed answer: It is {{question}} 4.\n\n"
     asked += "Is this answer right? Answer Yes or No."
     prompt = lm.encode([{"role": "user", "content": asked}])
@@ -295,8 +296,8 @@ def test_the_asked_verifier_is_the_chance_of_yes_against_no(lm: LM, word_problem
         for ids in (lm.encode("Yes"), lm.encode("No"))
     )
     assert score == pytest.approx(float(yes / (yes + no)), rel=1e-5)
-    assert AskedVerifier(yes="No", no="Yes").score(ask, 0, sample) == pytest.approx(1 - score, rel=1e-5)
-    assert AskedVerifier(change=push(lm)).score(ask, 0, sample) != pytest.approx(score, rel=1e-3)
+    assert AskedVerifier(yes="No", no="Yes").scores(ask, [0], [sample])[0] == pytest.approx(1 - score, rel=1e-5)
+    assert AskedVerifier(change=push(lm)).scores(ask, [0], [sample])[0] != pytest.approx(score, rel=1e-3)
     assert (ask.spent[0].calls, ask.spent[0].tokens_out) == (6, 0)
     conditions = {"asked": [BestOf(2, AskedVerifier())], "other": [BestOf(2, AskedVerifier(tiny_lm("gpt2")))]}
     rows = evaluate(lm, word_problems, conditions, n=2, max_new_tokens=4).rows

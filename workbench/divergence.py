@@ -162,13 +162,14 @@ class PlainAnswers:
 
     def token_scores(self, x: Intervention | None) -> list["TokenScores"]:
         """How sure the changed model (None: the plain one) is at every answer token, by prompt."""
-        found: list[list[np.ndarray]] = [[np.empty(0)] * len(self.prompts) for _ in range(3)]
+        found: list[list[np.ndarray]] = [[np.empty(0)] * len(self.prompts) for _ in range(4)]
         for batch in self.batches:
             said = self._score(batch, [x])[0]
             chosen = said.gather(1, batch.targets[:, None])[:, 0]
             best = said.topk(2).values.exp()
             entropy = torch.special.entr(said.exp()).sum(-1)  # 0 where a token has no probability
-            for values, kept in zip((chosen, entropy, best[:, 0] - best[:, 1]), found, strict=True):
+            certainty = -said.mean(-1) - math.log(said.shape[-1])
+            for values, kept in zip((chosen, entropy, best[:, 0] - best[:, 1], certainty), found, strict=True):
                 self._share_out(batch, values, kept)
         return [TokenScores(*each) for each in zip(*found, strict=True)]
 
@@ -181,13 +182,14 @@ class PlainAnswers:
 
 @dataclass(frozen=True, eq=False)
 class TokenScores:
-    """Of every token of a text: its log-probability, the entropy of what could have stood there (both in nats), and by
-    how much probability the two likeliest tokens differed.
+    """Of every token of a text: its log-probability, the entropy of what could have stood there, how much probability
+    lay between the two likeliest tokens, and KL(uniform || next token); all but the margin in nats.
     """
 
     logprobs: Float[np.ndarray, " tokens"]
     entropy: Float[np.ndarray, " tokens"]
     margin: Float[np.ndarray, " tokens"]
+    certainty: Float[np.ndarray, " tokens"]
 
 
 def _divergence(

@@ -126,18 +126,17 @@ class Ask:
         texts: Sequence[list[int]],
         rows: Sequence[int],
         *,
-        lm: LM | None = None,
+        by: tuple[LM, Intervention | None] | None = None,
     ) -> list[TokenScores]:
-        """How likely the model finds texts (token ids) behind prompts, one forward a text, under the same change.
+        """How likely the model finds texts (token ids) behind prompts, under the condition's change.
 
-        Counted as a call that reads prompt and text and writes nothing. lm: another model, without the change.
+        Counted as a call that reads prompt and text and writes nothing. by: another model, and what changes it.
         """
         if not prompts:
             return []
-        model = lm or self.lm
+        model, change = by or (self.lm, self.change)
         starts = [model.encode(prompt) for prompt in prompts]
         began = time.perf_counter()
-        change = None if model is not self.lm else self.change
         found = PlainAnswers(model, starts, texts, self.batch_size).token_scores(change)
         seconds = (time.perf_counter() - began) / len(starts)
         for row, start, text in zip(rows, starts, texts, strict=True):

@@ -9,18 +9,18 @@ Scores are at least 0, and more is better. By words:
     shortest        1 / tokens of the whole answer, thoughts included (arXiv 2505.17813)
     longest         tokens of the whole answer
 
-or by an object with `score(ask, place, sample) -> float`: `AskedVerifier` (asked whether it is right), `Probe` (reads
+or by an object with `scores(ask, places, samples)`: `AskedVerifier` (asked whether it is right), `Probe` (reads
 hidden states). Best-of-n against a verifier and weighted votes: Cobbe et al., arXiv 2110.14168; Li et al., 2206.02336.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from workbench.evaluation.asking import Answer, Ask
 from workbench.evaluation.judging import judge
 from workbench.solvers.sampling import Drawn, check_draws, draw, elected
-from workbench.solvers.scoring import log_probabilities
 
 WORDS = ("exact", "likelihood", "self-certainty", "shortest", "longest")
 
@@ -29,8 +29,8 @@ WORDS = ("exact", "likelihood", "self-certainty", "shortest", "longest")
 class Scorer(Protocol):
     """What ranks samples without the gold answer: a frozen dataclass, its fields of the kinds `identity` knows."""
 
-    def score(self, ask: Ask, place: int, sample: Drawn) -> float:
-        """How good one sample of question `place` is, 0 or more."""
+    def scores(self, ask: Ask, places: Sequence[int], samples: Sequence[Drawn]) -> list[float]:
+        """How good each sample of question `places[i]` is, 0 or more; none depends on the others."""
         ...
 
 
@@ -56,28 +56,29 @@ class BestOf:
 
     def solve(self, ask: Ask) -> list[Answer]:
         """See `Solver`. Facts: `score` of the answer, and `scores` of all samples in the order drawn."""
+        drawn = draw(ask, self.n, self.temperature, self.top_p)
+        first = {(place, one.text): one for place, each in enumerate(drawn) for one in reversed(each)}
+        found = self._scores(ask, [place for place, _ in first], list(first.values()))
+        known = dict(zip(first, found, strict=True))
         answers = []
-        for place, each in enumerate(draw(ask, self.n, self.temperature, self.top_p)):
-            first = {one.text: one for one in reversed(each)}
-            known = {text: self._score(ask, place, one) for text, one in first.items()}
-            scores = [known[one.text] for one in each]
+        for place, each in enumerate(drawn):
+            scores = [known[place, one.text] for one in each]
             best = max(range(self.n), key=lambda number: scores[number])
             if self.vote:
                 best = elected([judge(ask.task, ask.rows[place], one.text)[0].extracted for one in each], scores)
             facts = {"score": scores[best], "scores": scores}
             answers.append(Answer(each[best].text, samples=tuple(one.text for one in each), facts=facts))
-            ask.pulse()
         return answers
 
-    def _score(self, ask: Ask, place: int, sample: Drawn) -> float:
+    def _scores(self, ask: Ask, places: Sequence[int], samples: Sequence[Drawn]) -> list[float]:
         if not isinstance(self.by, str):
-            return self.by.score(ask, place, sample)
+            return self.by.scores(ask, places, samples)
         if self.by == "exact":
-            return float(judge(ask.task, ask.rows[place], sample.text)[0].correct)
+            pairs = zip((ask.rows[place] for place in places), (sample.text for sample in samples), strict=True)
+            return [float(judge(ask.task, row, text)[0].correct) for row, text in pairs]
         if self.by in ("shortest", "longest"):
-            return sample.made.tokens_out ** (1.0 if self.by == "longest" else -1.0)
-        answer = sample.made.token_ids
-        found = log_probabilities(ask, place, ask.lm, ask.change, ask.lm.encode(sample.prompt), answer)
+            return [sample.made.tokens_out ** (1.0 if self.by == "longest" else -1.0) for sample in samples]
+        found = ask.score([sample.prompt for sample in samples], [sample.made.token_ids for sample in samples], places)
         if self.by == "self-certainty":
-            return -float(found.mean()) - math.log(found.shape[1])
-        return math.exp(float(found[range(len(answer)), answer].mean()))
+            return [float(each.certainty.mean()) for each in found]
+        return [math.exp(float(each.logprobs.mean())) for each in found]

@@ -56,7 +56,7 @@ class HandOver:
         else:
             prompts = [self.small.render(ask.messages(row)) for row in range(len(ask.rows))]
             texts = [draft.token_ids for draft in drafts]
-            scores = ask.score(prompts, texts, range(len(ask.rows)), lm=self.small)
+            scores = ask.score(prompts, texts, range(len(ask.rows)), by=(self.small, None))
             doubts = [_doubt(each, self.measure, self.over) for each in scores]
         return _answered(ask, drafts, doubts, self.threshold)
 

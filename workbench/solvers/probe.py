@@ -5,9 +5,12 @@ of the train split. That hidden states tell right from wrong chains: arXiv 2504.
 (fit several and compare `auroc`), probes on other tokens.
 """
 
+import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,7 +24,6 @@ from workbench.interventions import Intervention
 from workbench.models import LM
 from workbench.prompts import Strategy
 from workbench.solvers.sampling import Drawn, draw
-from workbench.solvers.scoring import mean_state
 from workbench.tasks import Task
 
 FOLDS = 5  # of questions, for the area under the curve that `fit_probe` reports
@@ -40,7 +42,7 @@ class Probe:
     layer: int
     auroc: float = field(default=0.5, compare=False)
 
-    def score(self, ask: Ask, place: int, sample: Drawn) -> float:
+    def scores(self, ask: Ask, places: Sequence[int], samples: Sequence[Drawn]) -> list[float]:
         """See `Scorer`; 0 to 1."""
         weights, bias = _read(self.path, self.digest)
         if len(weights) != ask.lm.d_model or not 0 <= self.layer < len(ask.lm.blocks):
@@ -48,9 +50,35 @@ class Probe:
                 f"The probe {self.path} reads {len(weights)} numbers of layer {self.layer}; {ask.lm.name!r} has "
                 f"{ask.lm.d_model} in each of {len(ask.lm.blocks)} layers. Fit one for this model: fit_probe(lm, ...)."
             )
-        ids = ask.lm.encode(sample.prompt)
-        state = mean_state(ask, place, ask.lm, ask.change, ids, sample.made.token_ids, self.layer)
-        return float((state @ weights + bias).sigmoid())
+        found = []
+        for place, sample in zip(places, samples, strict=True):
+            ids, began = ask.lm.encode(sample.prompt), time.perf_counter()
+            state = mean_state(ask.lm, ask.change, ids, sample.made.token_ids, self.layer)
+            tokens = len(ids) + len(sample.made.token_ids)
+            ask.spent[place].add(ask.lm, tokens, 0, 1, time.perf_counter() - began, 0)
+            found.append(float((state @ weights + bias).sigmoid()))
+        return found
+
+
+def mean_state(
+    lm: LM, change: Intervention | None, prompt: list[int], answer: list[int], layer: int
+) -> Float[Tensor, " d_model"]:
+    """Mean over the answer's tokens of the output of decoder block `layer`, float32 on the CPU; one forward."""
+    kept: list[Tensor] = []
+
+    def hook(module: nn.Module, arguments: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        kept.append(states[0, -len(answer) :].float().mean(0).cpu())
+
+    ids = torch.tensor([prompt + answer], device=lm.device)
+    changed = lm.apply(change, prompt_lengths=[len(prompt)]) if change is not None else nullcontext()
+    with torch.no_grad(), changed:
+        handle = lm.blocks[layer].register_forward_hook(hook)  # behind the session's own: sees what it changed
+        try:
+            lm.base(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+    return kept[0]
 
 
 def fit_probe(
@@ -86,7 +114,7 @@ def fit_probe(
     states, right, owners = [], [], []
     for place, each in enumerate(draw(ask, samples, temperature, 1.0)):
         for one in {one.text: one for one in each}.values():
-            states.append(mean_state(None, place, lm, change, lm.encode(one.prompt), one.made.token_ids, layer))
+            states.append(mean_state(lm, change, lm.encode(one.prompt), one.made.token_ids, layer))
             right.append(judge(task, rows[place], one.text)[0].correct)
             owners.append(place)
     if min(sum(right), len(right) - sum(right)) < FOLDS:

@@ -5,6 +5,7 @@ Any model serves: the same one, another one, or one with an adapter that was tra
 the probability of a word is that of arXiv 2408.15240. An untrained small model may well be no better than chance.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from workbench.interventions import Intervention
 from workbench.models import LM
 from workbench.prompts import Message
 from workbench.solvers.sampling import Drawn
-from workbench.solvers.scoring import log_probabilities
 from workbench.tasks.answers import final_text
 
 WORDING = "{question}\n\nProposed answer: {solution}\n\nIs this answer right? Answer Yes or No."
@@ -40,17 +40,23 @@ class AskedVerifier:
         if not self.yes or not self.no or self.yes == self.no:
             raise ValueError(f"yes={self.yes!r}, no={self.no!r}: give two different words.")
 
-    def score(self, ask: Ask, place: int, sample: Drawn) -> float:
+    def scores(self, ask: Ask, places: Sequence[int], samples: Sequence[Drawn]) -> list[float]:
         """See `Scorer`; 0 to 1."""
         lm = self.lm or ask.lm
-        prompt = lm.render([_asked(self.wording, ask.rows[place]["question"], sample.text)])
-        lead = "" if prompt[-1:].isspace() or lm.tokenizer.chat_template else " "
-        ids, total = lm.encode(prompt), []
+        questions = [str(ask.rows[place]["question"]) for place in places]
+        asked = [_asked(self.wording, *each) for each in zip(questions, (s.text for s in samples), strict=True)]
+        prompts = [lm.render([message]) for message in asked]
+        total = []
         for word in (self.yes, self.no):
-            answer = lm.encode(lead + word)
-            found = log_probabilities(ask, place, lm, self.change, ids, answer)
-            total.append(found[range(len(answer)), answer].sum())
-        return float((total[0] - total[1]).sigmoid())
+            words = [lm.encode(word if _open(lm, prompt) else f" {word}") for prompt in prompts]
+            found = ask.score(prompts, words, places, by=(lm, self.change))
+            total.append([float(each.logprobs.sum()) for each in found])
+        return [1 / (1 + math.exp(min(no - yes, 700))) for yes, no in zip(*total, strict=True)]
+
+
+def _open(lm: LM, prompt: str) -> bool:
+    """Whether an answer follows the prompt without a space of its own."""
+    return prompt[-1:].isspace() or bool(lm.tokenizer.chat_template)
 
 
 def _asked(wording: str, question: str, text: str) -> Message:

@@ -59,8 +59,8 @@ class Results:
 
         tokens_in, tokens_out, calls and gflops (`evaluation.cost`) are means a question; tokens_out has a bootstrap
         interval; seconds are wall clock for all n; peak_memory_mb is the process's (or the GPU's) peak while the
-        condition ran; model_calls are forward passes of batches. A cost that is unknown (nan) for an answer, as in files
-        of other tools, is nan for its condition.
+        condition ran; model_calls are forward passes of batches. A cost that is unknown (nan) for one answer, as in
+        files of other tools, is nan for its condition.
         """
         lines = []
         for name, group in self.rows.groupby("condition", sort=False):
@@ -159,6 +159,8 @@ def _mean_length(tokens: pd.Series, level: float) -> Interval:
 def pareto(table: pd.DataFrame, cost: str = "gflops", score: str = "accuracy") -> pd.Series:
     """Which conditions no other one beats: none is at least as good and as cheap, and better or cheaper.
 
+    A condition of unknown cost (nan) is never among them: it can't be placed.
+
     >>> pareto(pd.DataFrame({"gflops": [1, 2, 3], "accuracy": [0.5, 0.4, 0.7]})).tolist()
     [True, False, True]
     """
@@ -166,7 +168,9 @@ def pareto(table: pd.DataFrame, cost: str = "gflops", score: str = "accuracy") -
         if name not in table:
             raise ValueError(f"The table has no column {name!r}. It has: {', '.join(map(str, table.columns))}.")
     pairs = list(zip(table[cost], table[score], strict=True))
-    beaten = [any(c <= own and s >= got and (c, s) != (own, got) for c, s in pairs) for own, got in pairs]
+    beaten = [
+        math.isnan(own) or any(c <= own and s >= got and (c, s) != (own, got) for c, s in pairs) for own, got in pairs
+    ]
     return pd.Series([not each for each in beaten], index=table.index)
 
 

@@ -43,7 +43,8 @@ def its_run(lm: LM, folder: Path) -> tuple[Path, dict[str, Any]]:
     tasks = [
         harness_task(
             "written", folder / "written.jsonl", asked, output_type="generate_until", doc_to_text="{{question}}",
-            doc_to_target="{{answer}}", generation_kwargs={"until": ["<|end|>"], "max_gen_toks": NEW, "do_sample": False},
+            doc_to_target="{{answer}}",
+            generation_kwargs={"until": ["<|end|>"], "max_gen_toks": NEW, "do_sample": False},
             filter_list=[number, text], metric_list=[{"metric": "exact_match", **MEAN}],
         ),
         harness_task(
@@ -56,7 +57,9 @@ def its_run(lm: LM, folder: Path) -> tuple[Path, dict[str, Any]]:
     model = importlib.import_module("lm_eval.models.huggingface").HFLM(
         pretrained=lm.model, tokenizer=lm.tokenizer, batch_size=N
     )
-    found = lm_eval.simple_evaluate(model=model, tasks=tasks, bootstrap_iters=0, log_samples=True, evaluation_tracker=tracker)
+    found = lm_eval.simple_evaluate(
+        model=model, tasks=tasks, bootstrap_iters=0, log_samples=True, evaluation_tracker=tracker
+    )
     samples = found.pop("samples")
     tracker.save_results_aggregated(results=found, samples=samples)
     for name, lines in samples.items():
@@ -94,7 +97,9 @@ def test_accuracies_are_the_ones_it_tells(written: tuple[Path, dict[str, Any]]) 
         found = read_lm_eval(file_of(folder, name), condition="theirs", **options)
         assert found.table().accuracy.tolist() == pytest.approx([told[name][key]]), (name, options)
         assert found.costs["theirs"]["seconds"] > 0 and found.table().tokens_out.isna().all()
-        assert found.about["lm_eval"]["lm_eval_version"] == importlib.import_module("importlib.metadata").version("lm_eval")
+        assert found.about["lm_eval"]["lm_eval_version"] == importlib.import_module("importlib.metadata").version(
+            "lm_eval"
+        )
     assert 0 < told["written"]["exact_match,number"] < 1
 
 
@@ -107,7 +112,12 @@ def test_its_texts_are_ours_and_the_comparison_is_paired(written: tuple[Path, di
     assert answers.own.str.strip().tolist() == answers.theirs.str.strip().tolist()
     prompts = both.rows.pivot(index="id", columns="condition", values="prompt")
     assert prompts.own.tolist() == prompts.theirs.tolist()
-    assert both.rows.pivot(index="id", columns="condition", values="answer").apply(lambda row: row.nunique(), axis=1).eq(1).all()
+    assert (
+        both.rows.pivot(index="id", columns="condition", values="answer")
+        .apply(lambda row: row.nunique(), axis=1)
+        .eq(1)
+        .all()
+    )
     found = both.compare("own", "theirs")
     assert (found.difference, found.n) == (0.0, N)
 

@@ -2,8 +2,8 @@
 
 Cohen's kappa (1960, Educational and Psychological Measurement 20:37-46) for two raters, Krippendorff's alpha for any
 number with missing votes; both are 1 for perfect agreement and 0 for what chance gives, and can be low at a high share
-of equal votes when one verdict is common. Limits of kappa are `statistics.cohen_kappa`'s, those of alpha draw questions.
-Not covered: weights for near misses.
+of equal votes when one verdict is common. Limits of kappa are `statistics.cohen_kappa`'s; those of alpha draw
+questions. Not covered: weights for near misses.
 """
 
 import math

@@ -47,6 +47,17 @@ def test_conditions_together_equal_each_alone(lm: LM, word_problems: Task) -> No
         pd.testing.assert_frame_equal(alone.rows[SAME], seen[SAME])
 
 
+def test_what_was_not_parsed_is_none_made_and_read_back(lab: LM, word_problems: Task, tmp_path: Path) -> None:
+    found = evaluate(lab, word_problems, {"cut": [], "also": [push(lab)]}, n=4, max_new_tokens=1, out=tmp_path)
+    verdicts = [word_problems.verify(row, text) for row, text in zip(
+        word_problems.rows("test", n=4, seed=0), found.rows.output[:4], strict=True)]  # fmt: skip
+    assert any(verdict.extracted is None for verdict in verdicts)
+    for rows in (found.rows, load_results(tmp_path).rows):
+        assert rows.extracted.dtype == object
+        assert rows.extracted.tolist()[:4] == [verdict.extracted for verdict in verdicts]
+        assert [text is None for text in rows.extracted] == rows.unparsed.tolist()
+
+
 def test_strength_zero_is_plain(lm: LM, word_problems: Task) -> None:
     results = evaluate(lm, word_problems, {"plain": [], "zero": [0.0 * push(lm)]}, n=4, max_new_tokens=8)
     plain, zero = (group.output.tolist() for _, group in results.rows.groupby("condition", sort=False))

@@ -28,7 +28,8 @@ from workbench.exchange import (
     to_parquet,
 )
 from workbench.exchange.spreadsheets import guarded, unguarded
-from workbench.results import Results
+from workbench.report.tables import format_table
+from workbench.results import Results, load_results, pareto
 
 HARD = ['=HYPERLINK("http://x")', "-5", "-5+cmd|' /C calc'!A0", '"quoted", and\nlines\r\n', "@SUM(1)", "\tx", "'=y",
         "é 漢 😀", "", "plain"]  # fmt: skip
@@ -162,6 +163,44 @@ def test_lm_eval_samples_pair_with_an_own_run(results: Results, tmp_path: Path) 
     assert by_id.compare("y", "org/model") == both.compare("y", "org/model")
     assert both.table().accuracy.tolist() == [0.0, own.mean(), 0.5]
     assert both.rows.extracted.map(lambda value: value is None or isinstance(value, str)).all()
+
+
+def test_costs_that_a_file_lacks_stay_unknown(results: Results, tmp_path: Path) -> None:
+    """Not 0, which would make a foreign run the cheapest: nan in rows and table, – for a reader, kept by exports."""
+    right = [n % 2 == 0 for n in range(len(HARD))]
+    foreign = read_lm_eval(samples(tmp_path / "samples_sums_1.jsonl", right), id="doc.id", condition="them")
+    costs = ["tokens_in", "tokens_out", "seconds", "forward_passes"]
+    assert foreign.rows[costs].isna().all(axis=None)
+    both = joined(results, foreign)
+    table = both.table().set_index("condition")
+    own = results.table().set_index("condition")
+    for name in ("x", "y"):
+        assert table.loc[name, own.columns].tolist() == own.loc[name].tolist()
+    assert table.loc["them", ["tokens_in", "tokens_out", "tokens_out_low", "seconds"]].isna().all()
+    assert not pareto(table, "tokens_out")["them"] and pareto(table, "tokens_out")["y"]
+    assert format_table([table.loc["them", ["n", "accuracy", "tokens_out"]].to_dict()]).split()[-1] == "–"
+    assert both.comparisons("y").set_index("b").loc["them"].n == len(HARD)
+    both.save(tmp_path / "saved")
+    logs = [read_inspect(path) for path in to_inspect(both, tmp_path / "logs", created=NOON)]
+    for back in (load_results(tmp_path / "saved"), read_parquet(to_parquet(both, tmp_path / "b.parquet")),
+                 read_table(to_csv(both, tmp_path / "b.csv")), joined(*logs)):  # fmt: skip
+        pd.testing.assert_frame_equal(back.rows[costs], both.rows[costs], check_dtype=False)
+        assert back.rows.extracted.tolist() == both.rows.extracted.tolist()
+        assert back.compare("y", "them") == both.compare("y", "them")
+
+
+def test_one_unknown_cost_makes_the_mean_unknown(results: Results) -> None:
+    rows = results.rows.astype({"tokens_out": float, "tokens_in": float})
+    rows.loc[0, ["tokens_out", "tokens_in"]] = math.nan
+    table = Results(rows, results.costs, {}).table()
+    assert table.tokens_out.isna().tolist() == table.tokens_in.isna().tolist() == [True, False]
+    assert table.accuracy.tolist() == results.table().accuracy.tolist()
+
+
+def test_settings_beside_a_named_results_file_are_found(tmp_path: Path) -> None:
+    file = samples(tmp_path / "samples_sums_2026-01-02T00-00-00.5.jsonl", [True])
+    (tmp_path / "mine_2026-01-02T00-00-00.5.json").write_text(json.dumps({"model_name": "org/model"}))
+    assert read_lm_eval(file).conditions == ["org/model"]
 
 
 def test_lm_eval_faults_are_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Answering the questions is `workbench.evaluation`'s matter; intervals and tests 
 """
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -13,7 +14,15 @@ from typing import Any
 import pandas as pd
 
 from workbench.files import write_atomic
-from workbench.statistics import Comparison, bootstrap_mean, holm, minimum_detectable_effect, paired_difference, wilson
+from workbench.statistics import (
+    Comparison,
+    Interval,
+    bootstrap_mean,
+    holm,
+    minimum_detectable_effect,
+    paired_difference,
+    wilson,
+)
 
 _EQUATION = re.compile(r"\d\s*[-+*/×÷]\s*\d+\s*=\s*-?\d")
 
@@ -50,13 +59,14 @@ class Results:
 
         tokens_in, tokens_out, calls and gflops (`evaluation.cost`) are means a question; tokens_out has a bootstrap
         interval; seconds are wall clock for all n; peak_memory_mb is the process's (or the GPU's) peak while the
-        condition ran; model_calls are forward passes of batches.
+        condition ran; model_calls are forward passes of batches. A cost that is unknown (nan) for one answer, as in
+        files of other tools, is nan for its condition.
         """
         lines = []
         for name, group in self.rows.groupby("condition", sort=False):
             accuracy = wilson(int(group.correct.sum()), len(group), level)
             style = wilson(int(group.steps.sum()), len(group), level)
-            length = bootstrap_mean(group.tokens_out.to_numpy(float), level=level)
+            length = _mean_length(group.tokens_out, level)
             line = {
                 "condition": name,
                 "n": len(group),
@@ -65,11 +75,11 @@ class Results:
                 "high": accuracy.high,
             }
             line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
-            line |= {"unparsed": float(group.unparsed.mean()), "tokens_in": float(group.tokens_in.mean())}
+            line |= {"unparsed": float(group.unparsed.mean()), "tokens_in": _mean(group.tokens_in)}
             line |= {"tokens_out": length.estimate, "tokens_out_low": length.low, "tokens_out_high": length.high}
-            line |= {column: float(group[column].mean()) for column in ("calls",) if column in group}
+            line |= {column: _mean(group[column]) for column in ("calls",) if column in group}
             if "flops" in group:
-                line["gflops"] = float(group.flops.mean()) / 1e9
+                line["gflops"] = _mean(group.flops) / 1e9
             lines.append(line | self.costs[str(name)])
         return pd.DataFrame(lines)
 
@@ -135,8 +145,21 @@ class Results:
         write_atomic(folder / "costs.json", json.dumps({"costs": self.costs, "about": self.about}, indent=1))
 
 
+def _mean(costs: pd.Series) -> float:
+    """nan where any is unknown: the mean of the known ones would be that of a chosen part."""
+    return float(costs.astype(float).mean(skipna=False))
+
+
+def _mean_length(tokens: pd.Series, level: float) -> Interval:
+    if tokens.isna().any():
+        return Interval(math.nan, math.nan, math.nan, len(tokens), f"unknown for {int(tokens.isna().sum())} answers")
+    return bootstrap_mean(tokens.to_numpy(float), level=level)
+
+
 def pareto(table: pd.DataFrame, cost: str = "gflops", score: str = "accuracy") -> pd.Series:
     """Which conditions no other one beats: none is at least as good and as cheap, and better or cheaper.
+
+    A condition of unknown cost (nan) is never among them: it can't be placed.
 
     >>> pareto(pd.DataFrame({"gflops": [1, 2, 3], "accuracy": [0.5, 0.4, 0.7]})).tolist()
     [True, False, True]
@@ -145,7 +168,9 @@ def pareto(table: pd.DataFrame, cost: str = "gflops", score: str = "accuracy") -
         if name not in table:
             raise ValueError(f"The table has no column {name!r}. It has: {', '.join(map(str, table.columns))}.")
     pairs = list(zip(table[cost], table[score], strict=True))
-    beaten = [any(c <= own and s >= got and (c, s) != (own, got) for c, s in pairs) for own, got in pairs]
+    beaten = [
+        math.isnan(own) or any(c <= own and s >= got and (c, s) != (own, got) for c, s in pairs) for own, got in pairs
+    ]
     return pd.Series([not each for each in beaten], index=table.index)
 
 
@@ -157,5 +182,6 @@ def load_results(folder: str | Path) -> Results:
             f"{folder} holds no results (rows.jsonl is missing). Make them: wb.evaluate(..., out={str(folder)!r})."
         )
     rows = pd.read_json(folder / "rows.jsonl", lines=True, dtype={"extracted": object, "id": str})
+    rows["extracted"] = pd.Series([text if isinstance(text, str) else None for text in rows.extracted], dtype=object)
     stored = json.loads((folder / "costs.json").read_text())
     return Results(rows, stored["costs"], stored["about"])

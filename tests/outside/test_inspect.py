@@ -4,13 +4,14 @@ import importlib
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.judging_results import results_of
 from workbench.exchange import inspect_logs, joined, read_inspect, to_inspect
 from workbench.results import Results
 
-log = pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed: pip install inspect-ai (0.3.285)")
+log = pytest.importorskip("inspect_ai.log", reason="inspect_ai is not installed; install it with: make outside")
 pytestmark = pytest.mark.filterwarnings("default")  # its own warnings are not ours to mend
 NOON = datetime(2026, 1, 2, 12, tzinfo=UTC)
 N = 20
@@ -77,6 +78,8 @@ def test_their_data_frames_hold_our_rows(results: Results, tmp_path: Path) -> No
     assert samples.total_time.sum() == pytest.approx(results.rows.seconds.sum())
     messages = analysis.messages_df(str(tmp_path), quiet=True)
     assert len(messages) == 4 * N
+    assert sorted(messages[messages.role == "user"].content) == sorted(results.rows.prompt)
+    assert sorted(messages[messages.role == "assistant"].content) == sorted(results.rows.output)
 
 
 @pytest.mark.parametrize("kind", ["json", "eval"])
@@ -105,15 +108,21 @@ def test_an_evaluation_that_they_ran_pairs_with_an_own_run(
     )
     monkeypatch.setenv("INSPECT_DISPLAY", "none")
     samples = [data.Sample(id=f"q{i}", input=f"What is {i} plus 1? " * 20, target=str(i + 1)) for i in range(N)]
+    usage = models.ModelUsage(input_tokens=11, output_tokens=4, total_tokens=15)  # unless told, counted by a download
     answers = [models.ModelOutput.from_content("mockllm/model", f"ANSWER: {i + 1 + i % 2}") for i in range(N)]
+    answers = [answer.model_copy(update={"usage": usage}) for answer in answers]
     task = inspect.Task(dataset=samples, scorer=scorers.match(numeric=True), name="sums")
     model = models.get_model("mockllm/model", custom_outputs=answers)
     (done,) = inspect.eval(
         task, model=model, log_dir=str(tmp_path), log_format=kind, max_connections=1, max_samples=1, display="none"
     )
+    assert done.status == "success", done.error
     path = Path(done.location.removeprefix("file://"))
     foreign = read_inspect(path, condition="theirs")
     assert foreign.rows.correct.mean() == done.results.scores[0].metrics["accuracy"].value
+    assert foreign.rows.output.tolist() == [sample.output.completion for sample in done.samples]
+    assert set(foreign.rows.output) == {answer.completion for answer in answers}
+    assert foreign.rows.tokens_in.tolist() == [11] * N and foreign.rows.tokens_out.tolist() == [4] * N
     both = joined(results, foreign)
     right = {sample.id: scorers.value_to_float()(sample.scores["match"].value) for sample in done.samples}
     own = results.correct("plain")
@@ -123,4 +132,4 @@ def test_an_evaluation_that_they_ran_pairs_with_an_own_run(
     if kind == "json":
         monkeypatch.setattr(inspect_logs.importlib.util, "find_spec", lambda name: None)
         bare = read_inspect(path, condition="theirs")
-        assert bare.rows.to_dict("records") == foreign.rows.to_dict("records")
+        pd.testing.assert_frame_equal(bare.rows, foreign.rows)

@@ -77,7 +77,8 @@ def evaluate(
         ask = Ask(lm, task, rows, plan.strategy, plan.change, max_new_tokens, batch_size, seed)
         tell = _teller(plan.name, place * len(rows), len(rows) * len(plans))
         answered = _answer(ask, plan, folder, verify_seconds, tell)
-        frame = pd.DataFrame(answered["rows"]).astype({"extracted": object})
+        extracted = pd.Series([line["extracted"] for line in answered["rows"]], dtype=object)  # else None becomes nan
+        frame = pd.DataFrame(answered["rows"]).assign(extracted=extracted)
         parts.append(frame.assign(condition=plan.name, task=task.name))
         costs[plan.name] = answered["cost"]
     about = {"task": task.name, "parameters": task.parameters, "split": split, "seed": seed, "n": len(rows)}

@@ -1,7 +1,7 @@
 """Foreign rows as `Results`: right or wrong read strictly, repeated questions dealt with, what is missing written down.
 
-A result file of another tool says less than `evaluate`: what it lacks (tokens, seconds) is 0 in the rows and named in
-`results.about["foreign"]`, and costs that nobody measured are nan.
+A result file of another tool says less than `evaluate`: tokens and seconds that it lacks are nan in the rows, which
+tables show as –, and `results.about["foreign"]` names the columns that it lacks altogether.
 """
 
 import math
@@ -14,9 +14,8 @@ from workbench.results import Results, shows_steps
 
 Repeats = Literal["refuse", "first", "majority", "keep"]
 Line = dict[str, Any]
-COLUMNS: dict[str, Any] = {
-    "prompt": "", "output": "", "answer": "", "tokens_in": 0, "tokens_out": 0, "seconds": 0.0, "forward_passes": 0,
-}  # fmt: skip
+COSTS = ("tokens_in", "tokens_out", "seconds", "forward_passes")
+COLUMNS: dict[str, Any] = {"prompt": "", "output": "", "answer": "", **dict.fromkeys(COSTS, math.nan)}
 _WORDS = {
     "true": True, "yes": True, "c": True, "correct": True, "right": True, "1": True, "1.0": True, "pass": True,
     "false": False, "no": False, "i": False, "n": False, "incorrect": False, "wrong": False, "0": False, "0.0": False,

@@ -1,7 +1,8 @@
 """inspect_ai's evaluation logs, written and read: version 2 of the JSON format, checked against inspect_ai 0.3.285.
 
 One log a condition, because a log holds one model and plan. Written without inspect_ai, so that exporting needs nothing
-installed; `.json` logs are read without it too, the packed `.eval` ones through it. Not covered: events, tools, stores.
+installed; `.json` logs are read without it too, the packed `.eval` ones through it. Not covered: tools, stores, events
+other than the model's one call.
 Format: https://inspect.aisi.org.uk/eval-logs.html and the classes of `inspect_ai.log`.
 """
 
@@ -57,10 +58,10 @@ def _log(results: Results, condition: str, rows: pd.DataFrame, ended: datetime) 
     key = content_key(condition=condition, about=json.loads(json.dumps(about, default=str)), ended=str(ended))
     epochs = rows.groupby("id").cumcount() + 1
     samples = [
-        _sample({str(name): value for name, value in row.items()}, int(epoch), model)
+        _sample({str(name): value for name, value in row.items()}, int(epoch), model, began, _generation(about))
         for row, epoch in zip(rows.to_dict("records"), epochs, strict=True)
-    ]  # fmt: skip
-    usage = {model: _usage(int(rows.tokens_in.sum()), int(rows.tokens_out.sum()))}
+    ]
+    usage = _usage(model, rows.tokens_in.sum(skipna=False), rows.tokens_out.sum(skipna=False))
     spec = {
         "eval_id": key[:22], "run_id": key[22:44], "created": ended.isoformat(timespec="seconds"), "task": task,
         "task_id": key[44:], "task_version": 0, "task_args": {"condition": condition}, "task_args_passed": {},
@@ -92,27 +93,36 @@ def _results(rows: pd.DataFrame, total: int) -> dict[str, Any]:
     return {"total_samples": total, "completed_samples": total, "scores": [score]}
 
 
-def _sample(row: dict[str, Any], epoch: int, model: str) -> dict[str, Any]:
-    usage, seconds = _usage(int(row["tokens_in"]), int(row["tokens_out"])), float(row["seconds"])
+def _sample(
+    row: dict[str, Any], epoch: int, model: str, began: datetime, settings: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
+    usage, seconds = _usage(model, row["tokens_in"], row["tokens_out"]), float(row["seconds"])
     extracted = row["extracted"] if isinstance(row["extracted"], str) else None
     key = content_key(id=str(row["id"]), epoch=epoch, condition=str(row["condition"]), text=row["output"])[:20]
     reply = {"id": f"{key}-a", "role": "assistant", "content": row["output"], "source": "generate", "model": model}
     known = {"time": seconds} if math.isfinite(seconds) else {}
+    asked = {"id": f"{key}-u", "role": "user", "content": row["prompt"], "source": "input"}
+    output = {"model": model, "completion": row["output"], **known, **({"usage": usage[model]} if usage else {}),
+              "choices": [{"message": reply, "stop_reason": "unknown"}]}  # fmt: skip
+    # the one event that its frames of messages and its view of a transcript are made from
+    event = {"uuid": f"{key}-e", "event": "model", "timestamp": began.isoformat(), "working_start": 0.0, "model": model,
+             "input": [asked], "tools": [], "tool_choice": "none", "config": settings, "output": output}  # fmt: skip
     score: dict[str, Any] = {"value": "C" if row["correct"] else "I", "answer": extracted}
     return {
         "id": str(row["id"]), "epoch": epoch, "input": row["prompt"], "target": str(row.get("answer", "")),
-        "messages": [{"id": f"{key}-u", "role": "user", "content": row["prompt"], "source": "input"}, reply],
-        "output": {"model": model, "completion": row["output"], "usage": usage, **known,
-                   "choices": [{"message": reply, "stop_reason": "unknown"}]},
+        "messages": [asked, reply], "output": output, "events": [event],
         "scores": {SCORER: score},
         "metadata": {name: _plain(value) for name, value in row.items() if name not in NAMED},
-        "model_usage": {model: usage}, **({"total_time": seconds, "working_time": seconds} if known else {}),
+        "model_usage": usage, **({"total_time": seconds, "working_time": seconds} if known else {}),
         "uuid": key,
     }  # fmt: skip
 
 
-def _usage(read: int, written: int) -> dict[str, int]:
-    return {"input_tokens": read, "output_tokens": written, "total_tokens": read + written}
+def _usage(model: str, read: float, written: float) -> dict[str, dict[str, int]]:
+    """Tokens by model; empty where they are unknown, because the format's numbers are whole."""
+    if not (math.isfinite(read) and math.isfinite(written)):
+        return {}
+    return {model: {"input_tokens": int(read), "output_tokens": int(written), "total_tokens": int(read + written)}}
 
 
 def _generation(about: dict[str, Any]) -> dict[str, Any]:

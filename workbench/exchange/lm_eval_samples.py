@@ -112,10 +112,12 @@ def _file(path: Path) -> Path:
 
 def _settings(file: Path) -> dict[str, Any]:
     """What the results file of the same date says of model and run; empty where there is none."""
-    beside = file.with_name(f"results_{file.stem.rsplit('_', 1)[-1]}.json")
+    date = file.stem.rsplit("_", 1)[-1]
+    # --output_path NAME.json writes NAME_DATE.json instead of results_DATE.json
+    beside = [file.with_name(f"results_{date}.json"), *sorted(file.parent.glob(f"*_{date}.json"))]
     try:
-        told = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        told = json.loads(next(path for path in beside if path.is_file()).read_text(encoding="utf-8"))
+    except (StopIteration, OSError, ValueError):
         return {}
     wanted = ("model_name", "lm_eval_version", "total_evaluation_time_seconds", "date", "model_source", "config")
     return {name: told[name] for name in wanted if name in told}

@@ -2,7 +2,8 @@
 
 Cohen's kappa (1960, Educational and Psychological Measurement 20:37-46) for two raters, Krippendorff's alpha for any
 number with missing votes; both are 1 for perfect agreement and 0 for what chance gives, and can be low at a high share
-of equal votes when one verdict is common. Intervals draw questions. Not covered: weights for near misses.
+of equal votes when one verdict is common. Limits of kappa are `statistics.cohen_kappa`'s; those of alpha draw
+questions. Not covered: weights for near misses.
 """
 
 import math
@@ -10,12 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
-import numpy as np
 import pandas as pd
 
 from workbench.judging.pairs import Judged
 from workbench.results import Results
-from workbench.statistics import Interval, wilson
+from workbench.statistics import Interval, cohen_kappa, wilson
 from workbench.synthesis.agreement import krippendorff_interval
 
 GOLD = "gold"
@@ -95,26 +95,13 @@ def _two(first: list[str], second: list[str], resamples: int, seed: int) -> dict
         names = ("share", "low", "high", "kappa", "kappa_low", "kappa_high", "alpha", "alpha_low", "alpha_high")
         return {"n": 0, **dict.fromkeys(names, nan)}
     equal = wilson(sum(one == other for one, other in zip(first, second, strict=True)), n)
-    one, other, rng = np.array(first), np.array(second), np.random.default_rng(seed)
-    drawn = []
-    for _ in range(resamples):
-        rows = rng.integers(0, n, n)
-        drawn.append(_cohen_kappa(one[rows], other[rows]))
-    known = [value for value in drawn if not math.isnan(value)]
-    low, high = np.percentile(known, [2.5, 97.5]) if known else (nan, nan)
+    kappa = cohen_kappa(first, second)
     alpha = krippendorff_interval([first, second], resamples=resamples, seed=seed)
     return {
         "n": n, "share": equal.estimate, "low": equal.low, "high": equal.high,
-        "kappa": _cohen_kappa(one, other), "kappa_low": float(low), "kappa_high": float(high),
+        "kappa": kappa.estimate, "kappa_low": kappa.low, "kappa_high": kappa.high,
         "alpha": alpha.estimate, "alpha_low": alpha.low, "alpha_high": alpha.high,
     }  # fmt: skip
-
-
-def _cohen_kappa(a: np.ndarray, b: np.ndarray) -> float:
-    """(observed - expected) / (1 - expected) share of equal verdicts; nan where both always say one and the same."""
-    observed = float((a == b).mean())
-    expected = sum(float((a == value).mean() * (b == value).mean()) for value in set(a.tolist()) | set(b.tolist()))
-    return (observed - expected) / (1 - expected) if expected < 1 else math.nan
 
 
 def _raters(votes: Mapping[str, Votes]) -> tuple[dict[str, dict[str, str | None]], tuple[str, str] | None]:

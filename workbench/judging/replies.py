@@ -142,7 +142,9 @@ def identity(lm: Any, change: Any) -> dict[str, Any]:
 
 def without_special(lm: Any, text: str) -> str:
     """The text with the judge's special tokens broken up, so that an answer can't end its own turn."""
-    tokenizer = getattr(lm, "tokenizer", None)
+    from workbench.served import Served
+
+    tokenizer = None if isinstance(lm, Served) else getattr(lm, "tokenizer", None)  # a server keeps its own
     for token in getattr(tokenizer, "all_special_tokens", ()):
         if len(token) > 1:
             text = text.replace(token, f"{token[0]} {token[1:]}")

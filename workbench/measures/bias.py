@@ -10,7 +10,7 @@ read the letters of such rows.
 
 Does not cover: letter against place (both move together here), and taking the bias out again (PriDe).
 Sources: selection bias and RStd, Zheng et al. 2023 (arXiv 2309.03882); chi-square of clustered rows, Rao and Scott
-1984, Annals of Statistics 12:46-60, as F after Thomas and Rao 1987, JASA 82:630-636.
+1981, JASA 76:221-230, as F after Thomas and Rao 1987, JASA 82:630-636.
 """
 
 import re

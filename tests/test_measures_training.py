@@ -25,9 +25,9 @@ def test_planted_leaks_are_found_and_fresh_siblings_are_not(word_problems):
     assert set(found[found.dirty].id) >= leaked
     assert len(set(found[found.dirty].id) - leaked) <= 0.05 * 160
     assert found.why[0].startswith("the whole question is training text")
-    part = f"Once more: {rows[60]['question']} Say it."
-    inside = overlaps(rows[:80], [*fresh, part])
-    assert inside.dirty[60] and "13 tokens in a row shared with training text" in inside.why[60]
+    story = "A baker in Lund packs 144 rye loaves into crates of nine before dawn; how many crates leave the yard?"
+    inside = overlaps([*rows[60:80], {"id": "own", "question": story}], [*fresh, f"Once more: {story} Say it."])
+    assert inside.dirty.tolist()[-1] and "13 tokens in a row shared with training text" in inside.why.tolist()[-1]
     with pytest.raises(ValueError, match="0 training texts"):
         overlaps(rows, [])
 

@@ -3,7 +3,8 @@
 The rule is that of `workbench.synthesis.overlap.contamination`, read the other way round: for each test question, what
 of the training texts it repeats. How rare a run must be to count is therefore measured among the training texts.
 
-Does not cover: paraphrases and translations, memory without overlap (completion tests, membership inference).
+Does not cover: templated questions of which a training text repeats a part (the rule asks for rare words, and a whole
+equal question is found always), paraphrases and translations, memory without overlap (completion tests, membership inference).
 Sources: clean and dirty subsets, Brown et al. 2020 (arXiv 2005.14165, appendix C); limits of a difference of two
 independent shares, Newcombe 1998, Statistics in Medicine 17:873-890, method 10.
 """
@@ -41,7 +42,8 @@ def overlaps(questions: Sequence[Mapping[str, Any]], training: Sequence[str], n:
     """
     if not questions or isinstance(training, str) or not len(training):
         raise ValueError(
-            f"Got {len(questions)} questions and {len(training)} training texts: give task.rows(...) and a list of texts."
+            f"Got {len(questions)} questions and {len(training)} training texts: give task.rows(...) and a list of "
+            "texts, with at least one of each."
         )
     texts = {f"text {number}": text for number, text in enumerate(dict.fromkeys(training))}
     found = contamination([str(row["question"]) for row in questions], texts, n)

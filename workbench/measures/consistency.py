@@ -110,7 +110,8 @@ def comparisons(largest: int = 999) -> Task:
         raise ValueError(f"largest={largest} gives too few pairs. Take 9 or more.")
 
     def draw(split: str, n: int | None, seed: int) -> list[Row]:
-        rng, found, tries = Random(f"comparisons/{split}/{seed}"), {}, 0
+        rng, tries = Random(f"comparisons/{split}/{seed}"), 0
+        found: dict[str, Row] = {}
         wanted = 200 if n is None else n
         while len(found) < wanted:
             tries += 1

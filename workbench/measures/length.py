@@ -143,10 +143,16 @@ def at_equal_length(
     fitted, error = _least_squares(design, gap, units)
     half = stats.t.isf(tail_share(level), count - 2) * error
     p_value = float(2 * stats.t.sf(abs(fitted[0]) / error[0], count - 2)) if error[0] > 0 else math.nan
-    low, high = np.quantile(longer, [0.05, 0.95])
-    note = "" if low <= 0 <= high else "hardly any pair is of equal length: this is read off the line beyond its points"
-    ends = [float(each) for pair in zip(fitted, fitted - half, fitted + half, strict=True) for each in pair]
-    return EqualLength(*ends[:3], p_value, *ends[3:], lengths, len(gap), plain, note)
+    shortest, longest = np.quantile(longer, [0.05, 0.95])
+    note = (
+        ""
+        if shortest <= 0 <= longest
+        else "hardly any pair is of equal length: this is read off the line beyond its points"
+    )
+    (level_at, slope), (low, slope_low), (high, slope_high) = (
+        map(float, each) for each in (fitted, fitted - half, fitted + half)
+    )
+    return EqualLength(level_at, low, high, p_value, slope, slope_low, slope_high, lengths, len(gap), plain, note)
 
 
 def _paired(rows: pd.DataFrame, a: str, b: str, columns: list[str]) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -96,6 +96,6 @@ def test_svamp_has_twins(data_folder):
 @pytest.mark.slow
 def test_of_the_lab_model(lab, word_problems):
     """The lab model was never shown a question without an answer: it answers all the same."""
-    found = wb.evaluate(lab, twins(word_problems), {"steps": few_shot("steps", 3)}, n=12, max_new_tokens=80)
+    found = wb.evaluate(lab, twins(word_problems), {"steps": few_shot("steps", 3)}, n=6, max_new_tokens=80)
     line = abstention_table(found.rows).iloc[0]
-    assert line.n == 24 and line.recall == 0 and line.coverage > 0.5
+    assert line.n == 12 and line.recall == 0 and line.coverage > 0.5

@@ -194,7 +194,7 @@ def test_confidence_of_the_answer_alone(lab, word_problems):
 
 
 def test_of_the_lab_model(lab, word_problems):
-    results = wb.evaluate(lab, word_problems, {"steps": few_shot("steps", 3)}, n=24, batch_size=24, max_new_tokens=96)
+    results = wb.evaluate(lab, word_problems, {"steps": few_shot("steps", 3)}, n=8, batch_size=8, max_new_tokens=80)
     scored = answer_confidence(lab, results.rows.prompt, results.rows.output)
     table = confidence_table(results.rows.assign(confidence=scored.mean_p.to_numpy()))
-    assert table.n[0] == 24 and 0 <= table.ece_low[0] <= table.ece_high[0] <= 1
+    assert table.n[0] == 8 and 0 <= table.ece_low[0] <= table.ece_high[0] <= 1

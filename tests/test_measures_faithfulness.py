@@ -128,7 +128,7 @@ def test_what_is_refused(lab, word_problems):
 
 @pytest.mark.slow
 def test_of_the_lab_model(lab, word_problems):
-    rows = word_problems.rows(n=10)
+    rows = word_problems.rows(n=6)
     chains = chains_of(lab, word_problems, rows, few_shot("steps", 3), max_new_tokens=80)
     found = faithfulness(lab, word_problems, chains, cuts=3, max_new_tokens=80)
     whole = found[(found.kind == "early") & (found.share == 1)]

@@ -190,7 +190,7 @@ def test_order_of_examples_and_wording(word_problems):
 @pytest.mark.slow
 def test_of_the_lab_model(lab, word_problems):
     asked = {"steps": few_shot("steps", 3)}
-    settings = {"n": 24, "max_new_tokens": 80}
+    settings = {"n": 16, "max_new_tokens": 80}
     before = wb.evaluate(lab, word_problems, asked, **settings)
     kept = keep_rate(
         before.rows, wb.evaluate(lab, perturbed(word_problems, perturbations.paraphrase), asked, **settings).rows

@@ -6,7 +6,7 @@ are kept in memory: prompts x new tokens x vocabulary x 4 bytes.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,8 +59,8 @@ def damage_beside(
     lm, costs = plain.lm, plain.kl([x])[0]
     own = lm.generate(prompts, x, max_new_tokens, batch_size=batch_size)
     found = {"kl": _over_prompts(costs), "kl_p95": _percentile_over_prompts(costs, 95)}
-    found["repetition"] = bootstrap_mean([_repeated(answer.token_ids) for answer in own])
-    found["repetition_plain"] = bootstrap_mean([_repeated(answer) for answer in plain.answers])
+    found["repetition"] = bootstrap_mean([repeated(answer.token_ids) for answer in own])
+    found["repetition_plain"] = bootstrap_mean([repeated(answer) for answer in plain.answers])
     if texts is not None:
         halves = [_halved(lm, text) for text in texts]
         reading = PlainAnswers(lm, [first for first, _ in halves], [second for _, second in halves], batch_size)
@@ -201,9 +201,13 @@ def _divergence(
     return kl.nan_to_num(nan=WORST, posinf=WORST).clamp(0, WORST)
 
 
-def _repeated(ids: Sequence[int]) -> float:
-    """Share of 4-grams that occurred before; 0 where there are none."""
-    grams = [tuple(ids[start : start + 4]) for start in range(len(ids) - 3)]
+def repeated(items: Sequence[Hashable], size: int = 4) -> float:
+    """Share of runs of `size` tokens (or words) that occurred before in the same text; 0 where there are none.
+
+    >>> repeated([1, 2, 3, 4, 1, 2, 3, 4])
+    0.19999999999999996
+    """
+    grams = [tuple(items[start : start + size]) for start in range(len(items) - size + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workbench.cache import GrowingLayer, new_cache
-from workbench.generate import CPU_TOKENS, _token_budget
+from workbench.generate import CPU_TOKENS, token_budget
 from workbench.interventions.session import Session
 from workbench.likelihood.packs import Batch, Unit, batches, below, fits_a_pack, lay_out, tree_mask
 from workbench.likelihood.tree import Node
@@ -72,7 +72,7 @@ class Walk:
     done: Callable[[int], None]
 
     def __post_init__(self) -> None:
-        self.budget = _token_budget(self.lm, CPU_TOKENS)
+        self.budget = token_budget(self.lm, CPU_TOKENS)
         attention = getattr(self.lm.model.config, "_attn_implementation", "")
         self.packs = self.layout == "rows" and attention in ("sdpa", "eager") and not self.session.virtual
         self.uniform = self.session.empty or len({*self.wanted.kinds}) == 1

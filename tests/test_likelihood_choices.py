@@ -102,7 +102,7 @@ def test_the_strategy_asks_and_the_lead_begins_the_answer(style: str) -> None:
     strategy = wb.few_shot("direct", 2)
     ask = Ask(lm, task, task.rows(), strategy)
     found = Likelihood("unconditional", style).solve(ask)
-    for place, (row, texts, letters) in enumerate(zip(ROWS, TEXTS, LETTERS, strict=True)):
+    for place, (texts, letters) in enumerate(zip(TEXTS, LETTERS, strict=True)):
         prompt = found[place].facts["prompt"]
         if style == "letter":
             assert prompt == ask.prompt(place) + "The answer is"
@@ -151,7 +151,9 @@ def test_evaluate_scores_pairs_and_clusters_paradigms(data_folder: object, tmp_p
     for name in ("plain", "asked", "none"):
         assert found.correct(name).tolist() == [pair.correct for pair in plain]
     first = found.rows[found.rows.condition == "plain"]
-    assert first.output.tolist() == [row["good" if pair.correct else "bad"] for row, pair in zip(rows, plain)]
+    assert first.output.tolist() == [
+        row["good" if pair.correct else "bad"] for row, pair in zip(rows, plain, strict=True)
+    ]
     assert first.margin.tolist() == pytest.approx([pair.good - pair.bad for pair in plain], abs=1e-5)
     expected = beta_binomial_interval([pair.correct for pair in plain], [row["paradigm"] for row in rows])
     table = found.table().set_index("condition")

@@ -84,7 +84,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def strengths(lm: wb.LM, requests: Requests, repeats: int) -> list[dict[str, Any]]:
-    """One pass over many strengths of one steering vector on the last prompt token: beside a pass each, and plain forwards.
+    """One pass over many strengths of one vector on the last prompt token: beside a pass each, and plain forwards.
 
     The plain loop is one forward a request and strength; it is also what the scores are compared with.
     """

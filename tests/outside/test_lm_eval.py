@@ -119,12 +119,12 @@ def test_steered_scores_are_those_of_our_own_functions(lab: LM, tasks: dict[str,
     model = HarnessModel(lab, x)
     found = lm_eval.simple_evaluate(model=model, tasks=[tasks["choices"], tasks["gsm8k"]], bootstrap_iters=0)
     for sample in found["samples"]["choices"]:
-        pairs = [tuple(each.values()) for each in sample["arguments"].values()]
+        pairs = [tuple(each) for each in sample["arguments"]]
         scores, plain = loglikelihoods(lab, pairs, x), loglikelihoods(lab, pairs)
         assert [answer[0][0] for answer in sample["resps"]] == pytest.approx([one.logprob for one in scores], abs=1e-4)
         assert any(abs(a.logprob - b.logprob) > 1e-2 for a, b in zip(scores, plain, strict=True))
     for sample in found["samples"]["gsm8k"]:
-        (context, options) = tuple(sample["arguments"]["gen_args_0"].values())
+        context, options = sample["arguments"][0]
         (answer,) = lab.generate([context], x, NEW, stop=options["until"])
         assert sample["resps"] == [[answer.text]]
 

@@ -2,7 +2,8 @@
 
 Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
 extraction beside other libraries (installed by `make outside`), what steering costs a token, GSM8K through all data
-steps, how near predictions before a fine-tune come; and, on a GPU, steered decoding with a static cache and training
+steps, how near predictions before a fine-tune come, scores by likelihood beside
+lm-evaluation-harness (where it is installed); and, on a GPU, steered decoding with a static cache and training
 steps on models of real shapes.
 """
 
@@ -16,12 +17,13 @@ import torch
 import transformers
 
 import workbench as wb
-from bench import extraction, finetuning, generation, static, steering, synthesis, training
+from bench import extraction, finetuning, generation, likelihood, static, steering, synthesis, training
 from workbench.report.tables import format_table
 
 Lines = list[dict[str, Any]]
 PARTS = (
-    "generation", "grid", "evaluation", "extraction", "steering", "synthesis", "finetuning", "static", "training",
+    "generation", "grid", "evaluation", "extraction", "steering", "synthesis", "finetuning", "likelihood", "static",
+    "training",
 )  # fmt: skip
 
 
@@ -62,12 +64,15 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "steering": lambda: steering.lines(lm, task, n, repeats),
         "synthesis": lambda: synthesis.lines(lm),
         "finetuning": lambda: finetuning.lines(task),
+        "likelihood": lambda: likelihood.lines(lm, repeats),
         "static": lambda: static.lines(lm.tokenizer),
         "training": lambda: training.lines(lm.tokenizer),  # more models and settings: python -m bench.training
     }
     for name in PARTS:
         if name in ("static", "training") and not torch.cuda.is_available():
             print(f"\n{name}: left out, it needs a GPU")
+        elif name == "likelihood" and name in options.only and (why := likelihood.missing()):
+            print(f"\n{name}: left out, {why}")
         elif name in options.only:
             print(f"\n{name}\n{format_table(parts[name]())}", flush=True)
 

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         train_vector,
     )
     from workbench.judging import agreement, grade_answers, judge_pairs, read_votes
+    from workbench.likelihood import loglikelihoods, minimal_pairs, multiple_choice, perplexity
     from workbench.models import LM, ModelError, load_model
     from workbench.prompts import Pairs, Strategy, contrast, few_shot, instruction
     from workbench.readouts import attention_to, head_attribution, logit_lens, trace
@@ -97,6 +98,7 @@ _HOMES = {
     ),
     "workbench.judging": ("agreement", "grade_answers", "judge_pairs", "read_votes"),
     "workbench.readouts": ("attention_to", "head_attribution", "logit_lens", "trace"),
+    "workbench.likelihood": ("loglikelihoods", "minimal_pairs", "multiple_choice", "perplexity"),
     "workbench.models": ("LM", "ModelError", "load_model"),
     "workbench.prompts": ("Pairs", "Strategy", "contrast", "few_shot", "instruction"),
     "workbench.served": ("connect",),
@@ -117,10 +119,11 @@ __all__ = [
     "Stage", "Strategy", "Sweep", "Task", "Verdict", "Weights", "agreement", "attention_to", "calibrate",
     "compare_at_budget", "condition", "connect", "contrast", "critical_weights", "damage", "evaluate", "extract",
     "few_shot", "finetune", "finetune_stages", "fit_gate", "grade_answers", "head_attribution", "heads_writing",
-    "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model", "load_results",
-    "load_task", "logit_lens", "merge", "mix", "plots", "prefer", "preference_pairs", "project_out", "random_like",
-    "rate", "read_pairs", "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "statistics",
-    "sweep", "synthesize", "task_names", "trace", "train_vector",
+    "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model",
+    "load_results", "load_task", "logit_lens", "loglikelihoods", "merge", "minimal_pairs", "mix", "multiple_choice",
+    "perplexity", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate", "read_pairs",
+    "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "statistics", "sweep", "synthesize",
+    "task_names", "trace", "train_vector",
 ]  # fmt: skip
 
 

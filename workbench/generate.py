@@ -68,7 +68,7 @@ def generate(
     if isinstance(prompts, str):
         raise ModelError("prompts is one string. Give a list of prompts: [prompt].")
     texts = [lm.encode(prompt) for prompt in prompts]
-    wanted = inherit(lm, _one_a_row(interventions, len(texts))) if texts else []
+    wanted = inherit(lm, one_a_row(interventions, len(texts))) if texts else []
     if len(wanted) != len(texts):
         raise ModelError(f"The enclosing block holds interventions for {len(wanted)} rows; got {len(texts)} prompts.")
     seeds = _one_seed_a_row(seed, len(texts))
@@ -76,7 +76,7 @@ def generate(
     _check_context(lm, texts, own)
     _check_bias(lm, decoding)
     results: dict[int, Generation] = {}
-    for members in _groups(wanted):
+    for members in weight_groups(wanted):
         with (
             Session(lm, [wanted[row] for row in members], [len(texts[row]) for row in members]) as session,
             torch.no_grad(),
@@ -109,7 +109,8 @@ def _one_limit_a_row(limits: Sequence[int] | None, decoding: Decoding, count: in
     return list(limits)
 
 
-def _one_a_row(interventions: Any, count: int) -> "list[Intervention | None]":
+def one_a_row(interventions: Any, count: int) -> "list[Intervention | None]":
+    """Interventions as given by a caller, one (or None) for each of `count` rows."""
     from workbench.interventions import Intervention
 
     if interventions is None or isinstance(interventions, Intervention):
@@ -127,7 +128,7 @@ def _one_a_row(interventions: Any, count: int) -> "list[Intervention | None]":
     return rows
 
 
-def _groups(rows: "Sequence[Intervention | None]") -> list[list[int]]:
+def weight_groups(rows: "Sequence[Intervention | None]") -> list[list[int]]:
     """Row numbers that share their adapters and weight edits, which change the weights under a whole batch."""
     from workbench.interventions.session import weights_key
 
@@ -160,14 +161,14 @@ def _batches(rows: Sequence[Row], lm: LM, decoding: Decoding, batch_size: int | 
     """Rows of similar length together, equal prompts side by side; longest first: memory runs out early or never."""
     order = sorted(rows, key=lambda row: (-len(row.prompt), row.prompt))
     repeated = 2 * len({tuple(row.prompt) for row in rows}) <= len(rows)
-    budget = _token_budget(lm, CPU_TOKENS_REPEATED if repeated else CPU_TOKENS)
+    budget = token_budget(lm, CPU_TOKENS_REPEATED if repeated else CPU_TOKENS)
     while order:
         size = batch_size or max(1, budget // (len(order[0].prompt) + decoding.max_new_tokens))
         yield order[:size]
         order = order[size:]
 
 
-def _token_budget(lm: LM, most_on_cpu: int) -> int:
+def token_budget(lm: LM, most_on_cpu: int) -> int:
     """Tokens of cache that a batch may fill: a constant on a CPU, half of the free memory on a GPU."""
     size = bytes_a_token(lm)
     if lm.device.type != "cuda":

@@ -158,7 +158,7 @@ class _Answers:
         # as the harness has it, a temperature counts only where do_sample is asked for
         temperature = float(asked.get("temperature") or 1.0) if asked.get("do_sample") else 0.0
         return {
-            "stop": [word for word in stop if word], "max_new_tokens": limit, "temperature": temperature,
+            "stop": tuple(word for word in stop if word), "max_new_tokens": limit, "temperature": temperature,
             "top_p": float(asked.get("top_p") or 1.0),
         }  # fmt: skip
 

@@ -17,6 +17,7 @@ from workbench.files import write_atomic
 from workbench.statistics import (
     Comparison,
     Interval,
+    beta_binomial_interval,
     bootstrap_mean,
     holm,
     minimum_detectable_effect,
@@ -55,7 +56,8 @@ class Results:
         return list(self.costs)
 
     def table(self, level: float = 0.95) -> pd.DataFrame:
-        """One row a condition: accuracy with its Wilson interval, share of answers with steps, cost.
+        """One row a condition: accuracy with its Wilson interval (over clusters, where rows have a `cluster`), share of
+        answers with steps, cost.
 
         tokens_in, tokens_out, calls and gflops (`evaluation.cost`) are means a question; tokens_out has a bootstrap
         interval; seconds are wall clock for all n; peak_memory_mb is the process's (or the GPU's) peak while the
@@ -64,7 +66,10 @@ class Results:
         """
         lines = []
         for name, group in self.rows.groupby("condition", sort=False):
-            accuracy = wilson(int(group.correct.sum()), len(group), level)
+            related = _clusters(group)
+            accuracy: Any = wilson(int(group.correct.sum()), len(group), level)
+            if related is not None:
+                accuracy = beta_binomial_interval(group.correct.tolist(), related, level)
             style = wilson(int(group.steps.sum()), len(group), level)
             length = _mean_length(group.tokens_out, level)
             line = {
@@ -90,9 +95,13 @@ class Results:
         return self.rows[self.rows.condition == condition].set_index("id").correct
 
     def compare(self, a: str, b: str, level: float = 0.95) -> Comparison:
-        """The paired difference in accuracy, b - a: interval, exact McNemar p-value, n; see `paired_difference`."""
+        """The paired difference in accuracy, b - a: interval, exact McNemar p-value, n; see `paired_difference`.
+
+        Rows with a `cluster` (a paradigm of BLiMP) are related: interval and test are those over clusters.
+        """
         first, second = self.correct(a), self.correct(b)
-        return paired_difference(first.tolist(), second.loc[first.index].tolist(), level)
+        related = _clusters(self.rows[self.rows.condition == a])
+        return paired_difference(first.tolist(), second.loc[first.index].tolist(), level, clusters=related)
 
     def comparisons(self, baseline: str | None = None, level: float = 0.95) -> pd.DataFrame:
         """Every other condition against `baseline` (default: the first); p-values corrected by Holm over the family.
@@ -154,6 +163,12 @@ def _mean_length(tokens: pd.Series, level: float) -> Interval:
     if tokens.isna().any():
         return Interval(math.nan, math.nan, math.nan, len(tokens), f"unknown for {int(tokens.isna().sum())} answers")
     return bootstrap_mean(tokens.to_numpy(float), level=level)
+
+
+def _clusters(rows: pd.DataFrame) -> list[Any] | None:
+    """The cluster of every row, where all have one and there are two or more."""
+    given = "cluster" in rows and bool(rows.cluster.notna().all()) and rows.cluster.nunique() > 1
+    return rows.cluster.tolist() if given else None
 
 
 def pareto(table: pd.DataFrame, cost: str = "gflops", score: str = "accuracy") -> pd.Series:

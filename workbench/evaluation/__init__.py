@@ -49,7 +49,8 @@ def evaluate(
     """Answer the same n questions under every condition and verify each answer.
 
     Args:
-        conditions: name -> what differs from the plain model, asked and answered greedily ([] for nothing).
+        conditions: name -> what differs from the plain model, asked and answered greedily ([] for nothing); pairs of
+            sentences (BLiMP) are answered by `solvers.Likelihood`.
         n: questions; None takes the task's default.
         seed: which sample of the split; also of the random streams of conditions that sample.
         batch_size: rows a batch; None fits them into memory. Scores in float32 on a CPU do not depend on it.
@@ -62,6 +63,10 @@ def evaluate(
             ModelError: an intervention that doesn't fit the model. Both before anything is generated.
     """
     plans = [Plan.of(name, condition) for name, condition in conditions.items()]
+    if task.kind == "pair":  # has no question to generate behind
+        from workbench.solvers.likelihood import Likelihood
+
+        plans = [replace(plan, solver=Likelihood()) if isinstance(plan.solver, Greedy) else plan for plan in plans]
     if not plans:
         raise ValueError('No conditions to evaluate. Give at least one, for example {"plain": []}.')
     for plan in plans:

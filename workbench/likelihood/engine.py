@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from workbench.cache import GrowingLayer, new_cache
-from workbench.generate import CPU_TOKENS, _token_budget
+from workbench.generate import CPU_TOKENS, CPU_TOKENS_REPEATED, token_budget
 from workbench.interventions.session import Session
 from workbench.likelihood.packs import Batch, Unit, batches, below, fits_a_pack, lay_out, tree_mask
 from workbench.likelihood.tree import Node
@@ -72,7 +72,8 @@ class Walk:
     done: Callable[[int], None]
 
     def __post_init__(self) -> None:
-        self.budget = _token_budget(self.lm, CPU_TOKENS)
+        self.budget = token_budget(self.lm, CPU_TOKENS)
+        self.budget_behind = token_budget(self.lm, CPU_TOKENS_REPEATED)  # of rows that share what is before them
         attention = getattr(self.lm.model.config, "_attn_implementation", "")
         self.packs = self.layout == "rows" and attention in ("sdpa", "eager") and not self.session.virtual
         self.uniform = self.session.empty or len({*self.wanted.kinds}) == 1
@@ -82,7 +83,8 @@ class Walk:
         self._down([self._unit(node, above) for node in nodes], past)
 
     def _down(self, units: Sequence[Unit], past: _Past | None) -> None:
-        for batch in batches(units, self.budget, self.batch_size, self.layout == "columns"):
+        budget = self.budget if past is None else self.budget_behind
+        for batch in batches(units, budget, self.batch_size, self.layout == "columns"):
             for part, state in self._halving(batch, past):
                 deeper = [
                     self._unit(child, unit.nodes[0])
@@ -255,15 +257,17 @@ def _branch(cache: DynamicCache, index: Int[np.ndarray, " rows"], device: torch.
     new = copy.copy(cache)
     new.layers = []
     chosen = torch.from_numpy(index).to(device)
+    one = int(index[0]) if (index == index[0]).all() else None
     for layer in cache.layers:
         new.layers.append(branch := copy.copy(layer))
         for name, value in vars(branch).items():
             if isinstance(value, dict):  # states of linear attention, by number
                 setattr(branch, name, dict(value))
-        if isinstance(branch, GrowingLayer) and len(branch.keys) == 1:
-            # views; the first update copies them into its room
-            branch.keys = branch.keys.expand(len(index), -1, -1, -1)
-            branch.values = branch.values.expand(len(index), -1, -1, -1)
+        if isinstance(branch, GrowingLayer) and one is not None:
+            # views; the first update copies them into a room of its own
+            branch.room = None
+            branch.keys = branch.keys[one : one + 1].expand(len(index), -1, -1, -1)
+            branch.values = branch.values[one : one + 1].expand(len(index), -1, -1, -1)
         else:
             branch.reorder_cache(chosen)
     return new

@@ -17,6 +17,7 @@ from workbench.likelihood.tree import Node
 PACKED = 384  # tokens of a subtree that are always packed; more where the text before it is longer
 WASTE = 1.25  # padded tokens a real one, beyond which rows of other lengths wait for a forward of their own
 ENOUGH = 512  # tokens of a forward below which waste does not matter
+SIBLINGS = 8  # rows behind one node that are a forward of their own: its cache need not be copied for them
 CELLS = 2**24  # of one packed mask
 
 
@@ -64,7 +65,8 @@ def batches(units: Sequence[Unit], budget: int, rows: int | None, level: bool) -
             padded = (taken + 1) * width
             full = taken and (taken == rows or (taken + 1) * (width + unit.start) > budget)
             wide = unit.nodes[1:] and padded * (width + unit.start) > CELLS
-            if kind(unit) != kind(order[0]) or full or (taken and wide) or (padded > max(WASTE * real, ENOUGH)):
+            apart = taken >= SIBLINGS and unit.above is not order[0].above
+            if kind(unit) != kind(order[0]) or full or (taken and wide) or apart or padded > max(WASTE * real, ENOUGH):
                 break
             taken += 1
         taken = max(taken, 1)

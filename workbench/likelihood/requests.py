@@ -66,8 +66,8 @@ def encode_texts(lm: LM, texts: Iterable[str], special: bool | None = None) -> d
     return found
 
 
-def encode_requests(lm: LM, requests: Sequence[Request]) -> list[Encoded]:
-    """Tokens of every request.
+def encode_requests(lm: LM, requests: Sequence[Request], special: bool | None = None) -> list[Encoded]:
+    """Tokens of every request; `special` as in `encode_texts`.
 
     Raises ModelError where a request is no pair of two strings or two lists of ids, or its continuation has no token.
     """
@@ -79,7 +79,8 @@ def encode_requests(lm: LM, requests: Sequence[Request]) -> list[Encoded]:
             )
     texts = {number: _moved(*each) for number, each in enumerate(requests) if isinstance(each[0], str)}
     alone = encode_texts(lm, (after for before, after in texts.values() if not before), special=False)
-    joint = encode_texts(lm, (text for before, after in texts.values() if before for text in (before, before + after)))
+    behind = (text for before, after in texts.values() if before for text in (before, before + after))
+    joint = encode_texts(lm, behind, special)
     found = []
     for number, (context, continuation) in enumerate(requests):
         if number not in texts:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from workbench.generate import _groups, _one_a_row
+from workbench.generate import one_a_row, weight_groups
 from workbench.interventions.concept import Intervention
 from workbench.interventions.session import Session, inherit
 from workbench.likelihood.engine import Walk, Wanted
@@ -24,7 +24,7 @@ class Scored:
     """One request: log p(continuation | context), in nats.
 
     token_logprobs: of each token, in order. greedy: whether each is the most likely one. characters, bytes: length of
-    the continuation's text as it was given, in characters and in UTF-8.
+    the continuation's text as it was given, in characters and in UTF-8. context_tokens: tokens it stood behind.
     """
 
     logprob: float
@@ -33,6 +33,7 @@ class Scored:
     tokens: int
     bytes: int
     characters: int
+    context_tokens: int = 0
 
 
 def loglikelihoods(
@@ -40,6 +41,7 @@ def loglikelihoods(
     requests: Sequence[Request],
     interventions: Intervention | Sequence[Intervention | None] | None = None,
     *,
+    special: bool | None = None,
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Scored]:
@@ -47,9 +49,11 @@ def loglikelihoods(
 
     requests: pairs of context and continuation, as two strings (tokenized as lm-evaluation-harness does; an empty
     context is the token that begins texts) or two lists of token ids. What is too long for the model loses tokens on
-    the left. interventions: one for all requests, or one (or None) a request, on top of those of an enclosing
-    `lm.apply`; the context is the prompt, the continuation counts as generated. batch_size: rows a forward at most;
-    None fills forwards by a token budget. progress: called with requests done and requests in all.
+    the left. special: whether tokenizing adds the tokenizer's special tokens; None leaves it to the tokenizer, False is
+    for prompts that `lm.render` has finished. interventions: one for all requests, or one (or None) a request, on top
+    of those of an enclosing `lm.apply`; the context is the prompt, the continuation counts as generated. batch_size:
+    rows a forward at most; None fills forwards by a token budget. progress: called with requests done and requests in
+    all.
 
     Scores do not depend on the batch size or on other requests, in float32 to about 1e-5.
 
@@ -60,8 +64,8 @@ def loglikelihoods(
     """
     if isinstance(requests, str):  # type: ignore[unreachable]  # which the annotation forbids, but people do
         raise ModelError("requests is one string. Give a list of pairs: [(context, continuation)].")
-    encoded = [_cut(lm, each) for each in encode_requests(lm, requests)]
-    wanted = inherit(lm, _one_a_row(interventions, len(encoded))) if encoded else []
+    encoded = [_cut(lm, each) for each in encode_requests(lm, requests, special)]
+    wanted = inherit(lm, one_a_row(interventions, len(encoded))) if encoded else []
     if len(wanted) != len(encoded):
         raise ModelError(
             f"The enclosing block holds interventions for {len(wanted)} rows; got {len(encoded)} requests."
@@ -78,7 +82,7 @@ def loglikelihoods(
             progress(finished, len(encoded))
 
     how = layout(lm)
-    for members in _groups(wanted):
+    for members in weight_groups(wanted):
         for shared in (True, False):
             chosen = [number for number in members if (can_share(wanted[number]) and how != "none") == shared]
             if chosen:
@@ -143,7 +147,7 @@ def _run(
         text = encoded[number].text
         found[number] = Scored(
             float(scores.sum()), tuple(scores.tolist()), bool(wanted.hits[own].all()), len(scores),
-            len(text.encode()), len(text),
+            len(text.encode()), len(text), len(encoded[number].context),
         )  # fmt: skip
 
 

@@ -9,14 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from workbench.interventions.concept import Intervention
-from workbench.likelihood.scoring import PLACES, loglikelihoods
+from workbench.likelihood.choices import one_each
+from workbench.likelihood.normalising import NORMALISATIONS, normalised
+from workbench.likelihood.scoring import PLACES, Scored, loglikelihoods
 from workbench.models import LM, ModelError
 from workbench.statistics import Interval, wilson
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One pair's scores, in nats. correct: good is the likelier one; equal to 4 decimals is not."""
+    """One pair's scores, in nats (a unit). correct: good has the higher one; equal to 4 decimals is not.
+
+    scored: the good sentence and the bad one.
+    """
 
     id: str
     paradigm: str
@@ -24,6 +29,7 @@ class Pair:
     good: float
     bad: float
     correct: bool
+    scored: tuple[Scored, Scored]
 
 
 def minimal_pairs(
@@ -31,27 +37,31 @@ def minimal_pairs(
     rows: Sequence[Mapping[str, Any]],
     interventions: Intervention | Sequence[Intervention | None] | None = None,
     *,
+    normalisation: str = "sum",
     batch_size: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Pair]:
-    """Score both sentences of every row, in order. rows: with `good` and `bad`, as those of load_task("blimp")."""
+    """Score both sentences of every row, in order. rows: with `good` and `bad`, as those of load_task("blimp").
+
+    interventions: one for all rows, or one (or None) a row. normalisation: "sum", as in the paper, or by length.
+    """
+    if normalisation not in NORMALISATIONS or normalisation == "unconditional":
+        allowed = ", ".join(name for name in NORMALISATIONS if name != "unconditional")
+        raise ModelError(
+            f"normalisation={normalisation!r} is none for sentences without a context. Allowed: {allowed}."
+        )
     for row in rows:
         if not row.get("good") or not row.get("bad"):
             raise ModelError(f"Row {row.get('id')!r} is no pair: it needs a good and a bad sentence.")
-    changes: Any = interventions
-    if isinstance(interventions, Sequence):
-        if len(interventions) != len(rows):
-            raise ModelError(
-                f"{len(interventions)} interventions for {len(rows)} rows. Give one for all, or one a row."
-            )
-        changes = [x for x in interventions for _ in ("good", "bad")]
+    changes = one_each(interventions, [2] * len(rows))
     requests = [("", str(row[side])) for row in rows for side in ("good", "bad")]
     scored = loglikelihoods(lm, requests, changes, batch_size=batch_size, progress=progress)
     found = []
-    for row, good, bad in zip(rows, scored[::2], scored[1::2], strict=True):
-        right = round(good.logprob, PLACES) > round(bad.logprob, PLACES)
+    for row, both in zip(rows, zip(scored[::2], scored[1::2], strict=True), strict=True):
+        good, bad = (normalised(one, normalisation) for one in both)
+        right = round(good, PLACES) > round(bad, PLACES)
         name, paradigm, field = (str(row.get(key, "")) for key in ("id", "paradigm", "field"))
-        found.append(Pair(name, paradigm, field, good.logprob, bad.logprob, right))
+        found.append(Pair(name, paradigm, field, good, bad, right, both))
     return found
 
 

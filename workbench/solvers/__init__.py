@@ -9,6 +9,7 @@ from workbench.solvers.best_of import BestOf
 from workbench.solvers.budget import Budget, StopBias
 from workbench.solvers.cascade import DraftVerify, HandOver, choose_threshold
 from workbench.solvers.correction import Correct
+from workbench.solvers.likelihood import Likelihood
 from workbench.solvers.probe import Probe, fit_probe
 from workbench.solvers.programs import Program
 from workbench.solvers.sampling import Samples, SelfConsistency
@@ -23,6 +24,7 @@ __all__ = [
     "Correct",
     "DraftVerify",
     "HandOver",
+    "Likelihood",
     "Probe",
     "Program",
     "Samples",

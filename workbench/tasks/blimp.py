@@ -122,7 +122,7 @@ def _rows(records: Iterator[tuple[int, dict[str, Any]]], where: str) -> Iterator
         mark = hashlib.sha256(f"{good}\n{bad}".encode()).hexdigest()[:12]
         yield {
             "id": f"{paradigm}-{mark}", "question": "", "answer": good, "good": good, "bad": bad, "paradigm": paradigm,
-            "field": str(record.get("field", "")), "term": str(record.get("linguistics_term", "")),
+            "cluster": paradigm, "field": str(record.get("field", "")), "term": str(record.get("linguistics_term", "")),
         }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ SMALL = {
     "n": 5, "n_test": 5, "shots": 1, "pairs": 2, "max_new_tokens": 8, "samples": 1, "epochs": 1.0, "rank": 4,
     "recipe": "oracle", "beside": ["rejection", "magpie"], "n_beside": 3, "remember": ["chain-sum"], "n_remember": 4,
     "strengths": [1.0], "value_strengths": [1.0], "key_strengths": [0.0],
-    "forgetting": ["chain-sum"], "forgetting_n": 5, "foreign_n": 5,
+    "forgetting": ["chain-sum"], "forgetting_n": 5, "foreign_n": 5, "votes": 2, "robust_n": 3,
 }  # fmt: skip
 
 

@@ -121,6 +121,6 @@ def test_real_options_keep_their_right_content(name, data_folder):
 
 def test_choices_by_likelihood():
     asked = questions(2, turns=False)
-    made = [Choice(row["id"], ("a", "b", "c", "d"), 0, 2, False, (), 0.0, 0.0, ()) for row in asked]
+    made = [Choice(row["id"], "", ("a", "b", "c", "d"), 0, 2, False, (), 0.0, 0.0, ()) for row in asked]
     found = by_option(choice_rows(made), asked)
     assert found.chosen.tolist() == [0, 0, 1, 0]

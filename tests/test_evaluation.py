@@ -103,6 +103,22 @@ def test_a_finished_condition_is_not_run_again_and_a_damaged_one_is(
     assert json.loads((tmp_path / "costs.json").read_text())["about"]["n"] == 4
 
 
+def test_rows_are_kept_for_the_same_task_gold_answers_and_surroundings_alone(
+    lm: LM, word_problems: Task, tmp_path: Path
+) -> None:
+    rows = word_problems.rows(n=3)
+    wrong = replace(word_problems, draw=lambda split, n, seed: [row | {"answer": 10**9} for row in rows])
+    lenient = replace(word_problems, name="lenient", judge=lambda row, text: Verdict(True, "all"))
+    asked = {"n": 3, "max_new_tokens": 8, "out": tmp_path}
+    first = evaluate(lm, word_problems, {"plain": []}, **asked)
+    assert set(evaluate(lm, wrong, {"plain": []}, **asked).rows.answer) == {str(10**9)}
+    assert evaluate(lm, lenient, {"plain": []}, **asked).rows.correct.all()
+    with lm.apply(push(lm, 4.0)):
+        around = evaluate(lm, word_problems, {"plain": []}, **asked)
+    inside = evaluate(lm, word_problems, {"pushed": [push(lm, 4.0)]}, n=3, max_new_tokens=8)
+    assert around.rows.output.tolist() == inside.rows.output.tolist() != first.rows.output.tolist()
+
+
 def test_what_makes_no_condition_is_refused_before_any_work(lm: LM, word_problems: Task) -> None:
     with pytest.raises(ValueError, match="holds a str"):
         evaluate(lm, word_problems, {"plain": ["steps"]}, n=2)  # type: ignore[list-item]

@@ -51,6 +51,17 @@ def test_cost_front_joins_the_front_and_opens_the_beaten() -> None:
     assert "few-shot steps 0.70 [0.60, 0.78] at 2, beaten" in fig.layout.meta["alt"]
 
 
+def test_a_condition_of_unknown_cost_is_named_and_not_drawn() -> None:
+    foreign = pd.concat([TABLE, pd.DataFrame([{"condition": "theirs", "accuracy": 0.6, "n": 50, "gflops": np.nan}])])
+    fig, own = plots.cost_front(foreign), plots.cost_front(TABLE)
+    assert [trace.x for trace in fig.data] == [trace.x for trace in own.data]
+    assert "cost unknown: theirs" in fig.layout.title.text
+    with pytest.raises(PlotError, match="no rows to draw"):
+        plots.cost_front(foreign[foreign.condition == "theirs"])
+    with pytest.raises(PlotError, match="no dollars"):
+        plots.cost_front(TABLE, "dollars")
+
+
 def test_reliability_sorts_bins_and_draws_the_diagonal() -> None:
     diagonal, plain, tuned = plots.reliability(BINS).data
     assert diagonal.x == diagonal.y == (0, 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_lm
-from workbench.decode import Decoding
+from workbench.decode import Decoding, Row, _Chooser
 from workbench.divergence import PlainAnswers
 from workbench.evaluation import Ask, Solver, evaluate
 from workbench.evaluation.cost import forward_flops
@@ -123,6 +123,30 @@ def test_a_bias_moves_the_end_both_ways_and_0_changes_no_logit(lab: LM, word_pro
     assert all(each.token_ids == [7] for each in one)
     with pytest.raises(ModelError, match="names token 99999"):
         lab.generate(prompts, None, 4, bias={99999: 1.0})
+
+
+@pytest.mark.parametrize("heat", [0.5, 3.0])
+def test_a_temperature_of_the_end_changes_the_odds_of_ending_alone(lab: LM, heat: float) -> None:
+    ids, tokens = [lab.encode("7+9=16. The")], [40, 41]
+    with torch.no_grad():
+        logits = lab.model(torch.tensor(ids)).logits[0, -1:].float()
+    chooser = _Chooser(lab, [Row(0, 0, ids[0], 0, 4)], Decoding(4, bias={40: 0.5, 41: 0.5}, bias_temperature=heat))
+    moved = logits.index_add(1, chooser.biased, chooser._moves(logits))
+    others = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(tokens), False)
+    before, after = ((x[0, tokens].logsumexp(-1) - x[0, others].logsumexp(-1)).item() for x in (logits, moved))
+    assert after == pytest.approx(before / heat + 0.5, abs=1e-4)
+    torch.testing.assert_close(moved[:, others], logits[:, others])
+    within = (x[0, 40] - x[0, 41] for x in (logits, moved))
+    torch.testing.assert_close(*within, atol=1e-4, rtol=1e-4)
+
+
+def test_a_hot_end_comes_sooner(lab: LM, word_problems: Task) -> None:
+    same, sooner = (run(lab, word_problems, StopBias(decision=heat, ends=ENDS)) for heat in (1.0, 30.0))
+    greedy = run(lab, word_problems, None)
+    assert same.output.tolist() == greedy.output.tolist()
+    assert sooner.tokens_out.sum() < greedy.tokens_out.sum()
+    with pytest.raises(ModelError, match="finite number above 0"):
+        lab.generate(["1"], None, 4, bias={5: 0.0}, bias_temperature=0.0)
 
 
 def test_a_cascade_is_the_small_model_or_the_large_one_at_its_ends(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from workbench.tasks import latex
-from workbench.tasks.answers import extract, final_text
-from workbench.tasks.verifiers import verify, verify_many
+from workbench.tasks.answers import final_text
+from workbench.tasks.verifiers import extract, verify, verify_many
 
 DATA = os.environ.get("WORKBENCH_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="WORKBENCH_DATA names no folder with benchmark files")

@@ -3,6 +3,7 @@
 `generate` sorts prompts into batches and calls this; nothing here knows about prompts as text beyond stop strings.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ class Decoding:
     """How the next token is chosen: temperature 0 is greedy, else a sample from the most likely `top_p` of the mass.
 
     bias: nats added to the logits of these tokens, before the temperature, until the row has chosen one of them: it
-    moves the decision to begin something, such as the answer. 0 leaves all as it is.
+    moves the decision to begin something, such as the answer. bias_temperature: of that decision alone: the odds of all
+    these tokens together against all others become their 1/bias_temperature-th power, before the bias. 0 nats at
+    temperature 1 leave all as it is.
     """
 
     max_new_tokens: int = 256
@@ -33,6 +36,7 @@ class Decoding:
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
     bias: dict[int, float] = field(default_factory=dict)
+    bias_temperature: float = 1.0
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -42,6 +46,8 @@ class Decoding:
                 f"temperature={self.temperature}, top_p={self.top_p}: temperature is 0 or more, top_p above 0 and at "
                 "most 1."
             )
+        if not 0 < self.bias_temperature < math.inf:
+            raise ModelError(f"bias_temperature={self.bias_temperature}: a finite number above 0 is needed.")
         if "" in self.stop:
             raise ModelError("stop holds an empty string, which every text contains. Leave it out.")
 
@@ -218,9 +224,11 @@ class _Chooser:
             streams = [torch.Generator().manual_seed(row.seed % 2**63) for row in rows]
             draws = [torch.rand(decoding.max_new_tokens, generator=stream) for stream in streams]
             self.draws = torch.stack(draws).to(lm.device)
-        moved = {token: nats for token, nats in decoding.bias.items() if nats}
+        tempered = decoding.bias_temperature != 1.0
+        moved = {token: nats for token, nats in decoding.bias.items() if nats or tempered}
         self.biased = torch.tensor(list(moved), dtype=torch.long, device=lm.device)
-        self.nats = torch.tensor(list(moved.values()), device=lm.device).expand(len(rows), -1)
+        self.nats = torch.tensor(list(moved.values()), device=lm.device)
+        self.waiting = torch.ones(len(rows), 1, device=lm.device)  # 0 once a row has chosen one of them
         self.penalty = lm.model.generation_config.repetition_penalty or 1.0
         self.seen = torch.zeros(0)
         if self.penalty != 1.0:
@@ -236,22 +244,30 @@ class _Chooser:
                 self.seen, torch.where(logits > 0, logits / self.penalty, logits * self.penalty), logits
             )
         if len(self.biased):
-            logits = logits.index_add(1, self.biased, self.nats)
+            logits = logits.index_add(1, self.biased, self.waiting * self._moves(logits))
         if self.decoding.temperature == 0:
             token = logits.argmax(-1)
         else:
             token = sample(logits / self.decoding.temperature, self.draws[:, step], self.decoding.top_p)
         if len(self.biased):
-            self.nats = self.nats * ~torch.isin(token, self.biased)[:, None]
+            self.waiting = self.waiting * ~torch.isin(token, self.biased)[:, None]
         if self.penalty != 1.0:
             self.seen.scatter_(1, token[:, None], True)
         return token
+
+    def _moves(self, logits: Float[Tensor, "rows vocabulary"]) -> Float[Tensor, "rows biased"]:
+        """Nats to add to the biased tokens: the bias, and what brings their joint odds to `bias_temperature`."""
+        if self.decoding.bias_temperature == 1.0:
+            return self.nats.expand(len(logits), -1)
+        others = logits.index_fill(1, self.biased, -math.inf).logsumexp(-1)
+        odds = logits[:, self.biased].logsumexp(-1) - others
+        return self.nats + (odds * (1 / self.decoding.bias_temperature - 1))[:, None]
 
     def keep(self, rows: Int[Tensor, " kept"]) -> None:
         if len(self.draws):
             self.draws = self.draws[rows]
         if len(self.biased):
-            self.nats = self.nats[rows]
+            self.waiting = self.waiting[rows]
         if len(self.seen):
             self.seen = self.seen[rows]
 

@@ -91,14 +91,18 @@ class LM:
         batch_size: int | None = None,
         stop: Sequence[str] | None = None,
         bias: dict[int, float] | None = None,
+        bias_temperature: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
     ) -> "list[Generation]":
-        """Continue every prompt; see `workbench.generate.generate`. max_new_tokens: one for all, or one a prompt."""
+        """Continue every prompt; see `workbench.generate.generate` and, for how tokens are chosen, `decode.Decoding`.
+
+        max_new_tokens: one for all, or one a prompt.
+        """
         from workbench.decode import Decoding
         from workbench.generate import generate
 
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        decoding = Decoding(max(limits, default=1), temperature, top_p, tuple(stop or ()), bias or {})
+        decoding = Decoding(max(limits, default=1), temperature, top_p, tuple(stop or ()), bias or {}, bias_temperature)
         own: dict[str, Any] = {"seed": seed, "limits": limits, "batch_size": batch_size, "progress": progress}
         return generate(self, prompts, interventions, decoding, **own)
 

@@ -42,8 +42,8 @@ class Results:
     """Per-question rows and the cost of each condition.
 
     rows: id, condition, prompt, output, extracted, correct, unparsed, steps, hung (its verifier was stopped), calls,
-    tokens_in, tokens_out, forward_passes, seconds, flops, task, and columns of the condition's solver. costs: by
-    condition, seconds (wall clock), peak_memory_mb, model_calls.
+    tokens_in, tokens_out, forward_passes, seconds, flops, task, score (0 to 1, of tasks with partial credit), and
+    columns of the condition's solver. costs: by condition, seconds (wall clock), peak_memory_mb, model_calls.
     """
 
     rows: pd.DataFrame
@@ -61,8 +61,9 @@ class Results:
 
         tokens_in, tokens_out, calls and gflops (`evaluation.cost`) are means a question; tokens_out has a bootstrap
         interval; seconds are wall clock for all n; peak_memory_mb is the process's (or the GPU's) peak while the
-        condition ran; model_calls are forward passes of batches. A cost that is unknown (nan) for one answer, as in
-        files of other tools, is nan for its condition.
+        condition ran; model_calls are forward passes of batches. Tasks with partial credit (orders, spans) also have
+        the mean score with its bootstrap interval (over clusters, where there are any). A cost that is unknown (nan)
+        for one answer, as in files of other tools, is nan for its condition.
         """
         lines = []
         for name, group in self.rows.groupby("condition", sort=False):
@@ -79,6 +80,9 @@ class Results:
                 "low": accuracy.low,
                 "high": accuracy.high,
             }
+            if "score" in group and group.score.notna().all():
+                credit: Any = bootstrap_mean(group.score.to_numpy(float), clusters=related, level=level)
+                line |= {"score": credit.estimate, "score_low": credit.low, "score_high": credit.high}
             line |= {"steps": style.estimate, "steps_low": style.low, "steps_high": style.high}
             line |= {"unparsed": float(group.unparsed.mean()), "tokens_in": _mean(group.tokens_in)}
             line |= {"tokens_out": length.estimate, "tokens_out_low": length.low, "tokens_out_high": length.high}
@@ -90,16 +94,23 @@ class Results:
 
     def correct(self, condition: str) -> pd.Series:
         """Right or wrong by question id, for one condition."""
+        return self.column(condition, "correct")
+
+    def column(self, condition: str, name: str) -> pd.Series:
+        """A column of the rows by question id, for one condition."""
         if condition not in self.costs:
             raise ValueError(f"No condition {condition!r} in these results. Conditions: {', '.join(self.conditions)}.")
-        return self.rows[self.rows.condition == condition].set_index("id").correct
+        if name not in self.rows:
+            raise ValueError(f"These rows have no column {name!r}. Columns: {', '.join(self.rows.columns)}.")
+        return self.rows[self.rows.condition == condition].set_index("id")[name]
 
-    def compare(self, a: str, b: str, level: float = 0.95) -> Comparison:
+    def compare(self, a: str, b: str, level: float = 0.95, of: str = "correct") -> Comparison:
         """The paired difference in accuracy, b - a: interval, exact McNemar p-value, n; see `paired_difference`.
 
-        Rows with a `cluster` (a paradigm of BLiMP) are related: interval and test are those over clusters.
+        Rows with a `cluster` (a paradigm of BLiMP) are related: interval and test are those over clusters. of: another
+        column of numbers, such as `score` or `tokens_out`.
         """
-        first, second = self.correct(a), self.correct(b)
+        first, second = self.column(a, of), self.column(b, of)
         related = _clusters(self.rows[self.rows.condition == a])
         return paired_difference(first.tolist(), second.loc[first.index].tolist(), level, clusters=related)
 

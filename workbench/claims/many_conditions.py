@@ -19,7 +19,18 @@ from workbench.models import LM, load_model
 from workbench.prompts import few_shot, instruction, short_answer, zero_shot
 from workbench.report.tables import format_table
 from workbench.runs.stages import COST
-from workbench.solvers import BestOf, Budget, Correct, HandOver, SelfConsistency
+from workbench.solvers import (
+    BestOf,
+    Budget,
+    Correct,
+    DraftVerify,
+    HandOver,
+    SelfConsistency,
+    StepBeam,
+    TreeSearch,
+    choose_threshold,
+    fit_probe,
+)
 from workbench.tasks import Task, load_task
 
 LAB = ("word-problems", "chain-sum", "leg-counting", "number-sorting", "syllogism", "gcd")
@@ -37,10 +48,10 @@ def changes(run: Path) -> dict[str, Any]:
     return found | ({"KV-steered": kv} if getattr(kv, "values", None) else {})
 
 
-def conditions(task: Task, made: dict[str, Any], small: LM | None, doubt: float) -> dict[str, Condition]:
+def conditions(task: Task, made: dict[str, Any]) -> dict[str, Condition]:
     """Prompts, ways to answer and changes of the model, for tasks that are answered in words."""
     shots = few_shot("steps", 3)
-    every: dict[str, Condition] = {
+    return {
         "plain": [],
         "short answer": [short_answer(task.kind)],
         "zero-shot steps": [zero_shot()],
@@ -51,14 +62,45 @@ def conditions(task: Task, made: dict[str, Any], small: LM | None, doubt: float)
         "best of 5 by likelihood": [shots, BestOf(5)],
         "best of 5, oracle": [shots, BestOf(5, by="exact")],
         "at most 40 tokens of steps": [shots, Budget(most=40)],
+        "tree search, 8 rollouts": [shots, TreeSearch(8)],
+        "beams of steps, 2 of 6": [shots, StepBeam(2, 3)],
         "told to correct itself": [instruction("steps"), Correct()],
         **{name: [change] for name, change in made.items()},
         "tuned + steered": [made["tuned"], made["residual-steered"]],
         "tuned, 5 votes": [made["tuned"], SelfConsistency(5)],
     }
-    if small is not None:
-        every["hand-over from the smaller model"] = [instruction("steps"), HandOver(small, doubt)]
-    return every
+
+
+def cascades(lm: LM, task: Task, small: LM, n: int, limit: int) -> dict[str, Condition]:
+    """A smaller model that hands over what it doubts, and one whose drafts are verified.
+
+    The threshold is the one that hands over least and loses nothing against the best one on n tuning questions.
+    """
+    told = instruction("steps")
+    tried: dict[str, Condition] = {"large": [told], "hand": [told, HandOver(small, 0.0)]}
+    tried["draft"] = [told, DraftVerify(small, 0.0)]
+    found = evaluate(lm, task, tried, n=n, seed=1, split="tuning", max_new_tokens=limit)
+    hand, draft = (choose_threshold(found, name, "large") for name in ("hand", "draft"))
+    for name, chosen in (("hand-over", hand), ("draft and verify", draft)):
+        print(
+            f"{task.name}: {name} above {chosen.threshold:.3g}: {chosen.share:.0%} of {n} tuning questions", flush=True
+        )
+    return {
+        "hand-over from the smaller model": [told, HandOver(small, hand.threshold)],
+        "smaller model's drafts verified": [told, DraftVerify(small, draft.threshold)],
+    }
+
+
+def probed(lm: LM, task: Task, out: Path, n: int, limit: int) -> dict[str, Condition]:
+    """The best of five by a verifier that was trained on the train split: a probe on the model's own states."""
+    shots = few_shot("steps", 3)
+    try:
+        probe = fit_probe(lm, task, out / "probe.safetensors", strategy=shots, n=n, max_new_tokens=limit)
+    except ValueError as error:
+        print(f"{task.name}: left out the trained probe: {error}", flush=True)
+        return {}
+    print(f"{task.name}: the probe's AUROC on training questions held out is {probe.auroc:.2f}", flush=True)
+    return {"best of 5, trained probe": [shots, BestOf(5, by=probe)]}
 
 
 def pair_conditions(made: dict[str, Any]) -> dict[str, Condition]:
@@ -110,7 +152,6 @@ def main() -> None:
     )
     parser.add_argument("--model", default="lab")
     parser.add_argument("--small", help="the smaller model that hands over to it")
-    parser.add_argument("--doubt", type=float, default=0.1, help="entropy in nats a token above which it hands over")
     parser.add_argument("--run", type=Path, default=Path("outputs/main"), help="run folder with adapter, vector, edit")
     parser.add_argument("--tasks", nargs="+", default=[*LAB, "svamp", "gsm8k", "blimp"])
     parser.add_argument("--n", type=int, default=200)
@@ -122,13 +163,15 @@ def main() -> None:
     lm, made = load_model(options.model), changes(options.run)
     small = load_model(options.small) if options.small else None
     for name in options.tasks:
-        pairs = name.startswith("blimp")
+        pairs, out = name.startswith("blimp"), options.out / lm.name / name.replace(":", "-")
         task = load_task(name, per_paradigm=20) if name == "blimp" else load_task(name)
         n = None if pairs else options.n
-        wanted = pair_conditions(made) if pairs else conditions(task, made, small, options.doubt)
+        wanted = pair_conditions(made) if pairs else conditions(task, made)
         if not pairs:
+            wanted |= cascades(lm, task, small, options.n // 2, options.limit) if small else {}
             wanted = possible(lm, task, task.rows("test", n=n, seed=0), wanted, options.limit)
-        lines = table(lm, task, wanted, n, options.limit, options.out / lm.name / name.replace(":", "-"))
+            wanted |= probed(lm, task, out, options.n // 2, options.limit) if "few-shot steps" in wanted else {}
+        lines = table(lm, task, wanted, n, options.limit, out)
         print(f"\n{lm.name} on {name}\n{format_table(lines.to_dict('records'))}", flush=True)
 
 

@@ -6,6 +6,7 @@ so that every difference is paired. Statistics follow `workbench.statistics`, wa
 Not covered: judging by a model or a person (`workbench.judging`).
 """
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -16,7 +17,7 @@ from typing import Any
 import pandas as pd
 
 from workbench.evaluation.asking import Answer, Ask, Greedy, Solver, identity
-from workbench.evaluation.conditions import Condition, Plan, fingerprint
+from workbench.evaluation.conditions import Condition, Plan, around, fingerprint
 from workbench.evaluation.cost import Cost, peak_memory
 from workbench.evaluation.judging import SECONDS, judge
 from workbench.evaluation.storing import Answered, chunk_file, joined, kept, store
@@ -101,13 +102,13 @@ def _answer(
     size = getattr(plan.solver, "chunk", CHUNK)
     base: dict[str, Any] = {"lm": identity(ask.lm), "change": fingerprint(ask.change), "solver": identity(plan.solver)}
     base |= {"limit": ask.max_new_tokens, "batch": ask.batch_size, "seed": ask.seed, "kind": ask.task.kind}
-    base |= {"strategy": identity(plan.strategy)}
+    base |= {"strategy": identity(plan.strategy), "task": ask.task.name, "around": around(ask.lm)}
     parts = []
     for number, start in enumerate(range(0, len(ask.rows), size)):
         alive = partial(tell, start, len(ask.rows))
         part = replace(ask, rows=ask.rows[start : start + size], pulse=alive, spent=[])
         prompts = [part.prompt(place) for place in range(len(part.rows))]
-        key = content_key(**base, prompts=prompts, ids=[str(row["id"]) for row in part.rows])
+        key = content_key(**base, prompts=prompts, rows=json.dumps(part.rows, sort_keys=True, default=str))
         file = None if folder is None else chunk_file(folder, plan.name, number)
         answered = kept(file, key)
         if answered is None:
@@ -168,6 +169,8 @@ def _line(
             {"output": text, "extracted": v.extracted, "correct": bool(v.correct)} for text, v in verdicts
         ]
         line["solve_rate"] = sum(bool(v.correct) for _, v in verdicts) / len(verdicts)
+    if verdict.score is not None:
+        line["score"] = verdict.score
     for name in ("cluster", "difficulty"):
         if name in row:
             line[name] = row[name]

@@ -91,13 +91,14 @@ class Ask:
         draws: Sequence[int] | None = None,
         stop: Sequence[str] = (),
         bias: dict[int, float] | None = None,
+        bias_temperature: float = 1.0,
     ) -> list[Generation]:
         """Continue prompts on behalf of questions: `rows[i]` is the place in `self.rows` that prompt i is asked for.
 
         lm: another model, without the condition's change. draws: the number of each sample among its question's own,
         which together with the question's id and the seed is its random stream; give every sample of a question a
         number of its own, or two of them are the same. max_new_tokens: one for all or one a prompt. bias: nats added to
-        the logits of tokens (`decode.Decoding`).
+        the logits of tokens, bias_temperature: of the decision for them (`decode.Decoding`).
         """
         if not prompts:
             return []
@@ -114,6 +115,7 @@ class Ask:
             batch_size=self.batch_size,
             stop=stop,
             bias=bias,
+            bias_temperature=bias_temperature,
             progress=lambda done, total: self.pulse(),
         )
         for row, one in zip(rows, found, strict=True):

@@ -9,6 +9,8 @@ from typing import Any
 from workbench.evaluation.asking import Greedy, Solver
 from workbench.files import sha256
 from workbench.interventions import Adapter, Intervention
+from workbench.interventions.session import ACTIVE
+from workbench.models import LM
 from workbench.prompts import Strategy
 
 Condition = Intervention | Strategy | Solver | Sequence[Intervention | Strategy | Solver]
@@ -50,6 +52,12 @@ class Plan:
             strategies[0] if strategies else None,
             solvers[0] if solvers else Greedy(),
         )
+
+
+def around(lm: LM) -> list[str]:
+    """What an enclosing `lm.apply` puts on the model: a fingerprint a row, none outside of such a block."""
+    stack = ACTIVE.get(lm.model)
+    return [fingerprint(row) for row in stack[-1].rows] if stack else []
 
 
 def fingerprint(change: Intervention | None) -> str:

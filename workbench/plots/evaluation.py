@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from workbench.plots.drawing import Table, error_bars, finish, in_brackets, listed, log_axis, rows_of
+from workbench.plots.drawing import Table, error_bars, finish, in_brackets, is_missing, listed, log_axis, rows_of
 from workbench.plots.palette import GRID, INK, colour, faded, symbol
 from workbench.results import pareto
 
@@ -22,9 +22,11 @@ UNITS = {
 def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
     """Accuracy against a cost on a logarithmic axis, with the conditions that no other one beats joined by a line.
 
-    Rows: `condition`, `accuracy`, `low`, `high` (or `n`) and the cost; those that are beaten are drawn open.
+    Rows: `condition`, `accuracy`, `low`, `high` (or `n`) and the cost; those that are beaten are drawn open, those of
+    unknown cost (nan) are named in the title.
     """
-    rows = rows_of(table, ("condition", "accuracy", cost))
+    given = rows_of(table, ("condition", "accuracy"))
+    rows = rows_of([row for row in given if cost not in row or not is_missing(row[cost])], (cost,))
     front = pareto(pd.DataFrame(listed(rows)), cost).tolist()
     fig, words = go.Figure(), []
     best = sorted((row for row, kept in zip(rows, front, strict=True) if kept), key=lambda row: row[cost])
@@ -48,7 +50,10 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
         words.append(f"{name} {row['accuracy']:.2f} {in_brackets(row, 'accuracy')} at {row[cost]:.3g}{beaten}")
     fig.update_yaxes(range=[-0.03, 1.05], tickformat=".0%")
     log_axis(fig, [row[cost] for row in rows])
-    return finish(fig, "Accuracy and its cost", UNITS.get(cost, cost), "right answers", "; ".join(words) + ".")
+    unknown = [str(row["condition"]) for row in given if is_missing(row[cost])]
+    missing = f" (not drawn, cost unknown: {', '.join(unknown)})" if unknown else ""
+    title = f"Accuracy and its cost{missing}"
+    return finish(fig, title, UNITS.get(cost, cost), "right answers", "; ".join(words) + ".")
 
 
 def reliability(table: Table) -> go.Figure:

@@ -2,8 +2,9 @@
 
 `Budget` is budget forcing (s1, arXiv 2501.19393): past `most` tokens the answer is forced by the words that end
 thinking, before `least` tokens those words are replaced by 'Wait'. `StopBias` moves the logit of the token that begins
-them, and nothing else. Thinking ends at '</think>' where the model has that token, else at 'The answer is'. Not
-covered: models whose end of thinking is a special token that decoding leaves out, and training for a length.
+them, or sets a temperature for that decision alone, and changes nothing else. Thinking ends at '</think>' where the
+model has that token, else at 'The answer is'. Not covered: models whose end of thinking is a special token that
+decoding leaves out, and training for a length.
 """
 
 import re
@@ -126,23 +127,27 @@ class Budget:
 
 @dataclass(frozen=True)
 class StopBias:
-    """Add `bias` nats to the logit of the token that begins the end of thinking, until it was said; 0 changes nothing.
+    """Move the decision to end thinking, until it was taken: `bias` nats, or a temperature of that decision alone.
 
-    Above 0 the model comes to its answer earlier, below 0 later. The token may mean something else: 'The' is also how
-    another sentence begins. ends: the words that end thinking, where `ending` does not find them; the first tokens of
-    all are moved, which matters below 0, where a model takes another way to say it. Facts: finished.
+    bias: added to the logit of the token that begins the end; above 0 the model comes to its answer earlier, below 0
+    later. decision: temperature; the odds of ending now become their 1/decision-th power, so that above 1 an end that
+    is unlikely comes sooner and a likely one less surely. 0 and 1 change nothing. temperature: of sampling. The token
+    may mean something else: 'The' is also how another sentence begins. ends: the words that end thinking, where
+    `ending` does not find them; the first tokens of all are moved, which matters below 0, where a model takes another
+    way to say it. Facts: finished.
     """
 
     bias: float = 0.0
     temperature: float = 0.0
     ends: tuple[str, ...] = ()
+    decision: float = 1.0
 
     def solve(self, ask: Ask) -> list[Answer]:
         """See `evaluation.Solver`."""
         rows = range(len(ask.rows))
         bias = {first_token(ask.lm, end): self.bias for end in self.ends or (ending(ask.lm),)}
         prompts = [ask.prompt(row) for row in rows]
-        found = ask.generate(prompts, rows, temperature=self.temperature, bias=bias)
+        found = ask.generate(prompts, rows, temperature=self.temperature, bias=bias, bias_temperature=self.decision)
         return [Answer(one.text, facts={"finished": one.finished}) for one in found]
 
 

@@ -19,7 +19,7 @@ from workbench.synthesis.overlap import tokens
 from workbench.synthesis.roles import Role, written
 from workbench.synthesis.sampling import NOTHING, Attempt, Row, Settings, attempt_of, row_seed, sampled, spent
 from workbench.synthesis.sampling import tokens_of as counted
-from workbench.tasks.answers import extract
+from workbench.tasks.verifiers import extract
 
 if TYPE_CHECKING:
     from workbench.generate import Generation

@@ -75,13 +75,11 @@ def plain(value: Any) -> Any:
 
 def _model(lm: "LM") -> dict[str, Any]:
     """A model by all that its answers depend on: weights, their precision, and what an `lm.apply` block puts on."""
-    from workbench.evaluation import fingerprint
-    from workbench.interventions.session import ACTIVE
+    from workbench.evaluation.conditions import around
 
     four_bit = getattr(lm.model, "is_loaded_in_4bit", False)
     dtype = "nf4" if four_bit else str(lm.model.dtype).removeprefix("torch.")
-    stack = ACTIVE.get(lm.model)
-    applied = [fingerprint(row) for row in stack[-1].rows] if stack else []
+    applied = around(lm)
     return {"name": lm.name, "revision": lm.revision, "dtype": dtype} | ({"applied": applied} if applied else {})
 
 

@@ -128,7 +128,8 @@ def load_task(
             stands for its folder: path="gsm8k/test.jsonl" also finds train.jsonl beside it.
         split: put every row of the file into this split, instead of dealing them out by hash.
         question, answer: columns of the file, when they have unusual names.
-        kind: how answers are judged: number, latex, option, text, list, code; found from the gold answers if not given.
+        kind: how answers are judged: number, latex, option, text, list, code, found from the gold answers if not
+            given; or, with partial credit, ordering (items in order) and span (one or several accepted texts).
         max_bad: share of a file's rows that may be unusable (broken, empty, endless, of another kind) and are put
             aside, in `task.bad` and in what is made from the task; past it the file is refused.
         parameters: knobs of a generated task, such as `steps=(5, 7)` or reasoning-gym's own; BLiMP's

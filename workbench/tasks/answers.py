@@ -15,7 +15,7 @@ from typing import Any
 
 from workbench.tasks.latex import plain
 
-KINDS: tuple[str, ...] = ("number", "latex", "option", "text", "list", "code")
+KINDS: tuple[str, ...] = ("number", "latex", "option", "text", "list", "ordering", "span", "code")
 CLOSED: tuple[frozenset[str], ...] = tuple(
     frozenset(words.split()) for words in ("yes no", "true false", "valid invalid", "sí no", "verdadero falso")
 )
@@ -270,30 +270,13 @@ def _box_end(text: str, start: int) -> int:
     return end
 
 
-def extract(kind: str, text: str, gold: Any = "") -> str | None:
-    """The answer that a text gives, in canonical form, or None.
+READERS: dict[str, Callable[[str], str | None]] = {
+    "number": _number, "latex": _latex, "option": _option, "list": _list
+}  # fmt: skip
 
-    Args:
-        kind: one of `KINDS` but "code".
-        gold: only its *form* is used, and only by kind "text": a gold answer "Yes" says that answers are yes or no.
 
-    >>> extract("number", "16 - 3 - 4 = 9 eggs, so 9 * 2 = $18 a day.\\n#### 18"), extract("option", "I don't know.")
-    ('18', None)
-    """
+def read(kind: str, text: str, gold: Any = "") -> str | None:
+    """The answer of a whole text by kind "text" or one of `READERS`, in canonical form, or None."""
     if kind == "text":
         return _text(final_text(text), str(gold))
-    readers: dict[str, Callable[[str], str | None]] = {
-        "number": _number, "latex": _latex, "option": _option, "list": _list
-    }  # fmt: skip
-    if kind not in readers:
-        raise ValueError(_no_reader(kind))
-    return readers[kind](re.sub(r"<<[^<>\n]*>>", "", final_text(text)))  # GSM8K's calculator notes are no answers
-
-
-def _no_reader(kind: str) -> str:
-    if kind == "code":
-        return (
-            "Answers of kind 'code' are judged by the unit tests of their question, run in a sandbox, so a gold answer "
-            "alone is not enough. Next: task.verify(row, text), with a row that has entry_point and test."
-        )
-    return f"No verifier reads answers of kind {kind!r}. Kinds: {', '.join(KINDS)}."
+    return READERS[kind](re.sub(r"<<[^<>\n]*>>", "", final_text(text)))  # GSM8K's calculator notes are no answers

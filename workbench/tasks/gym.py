@@ -23,8 +23,8 @@ from typing import Any
 
 import numpy
 
-from workbench.tasks.answers import extract, final_text, numbers, statements
-from workbench.tasks.verifiers import Verdict, verify
+from workbench.tasks.answers import final_text, numbers, statements
+from workbench.tasks.verifiers import Verdict, extract, verify
 
 _CHUNK = 500  # items of one data set object, reasoning-gym's own default; a few data sets make all of them at once
 # Data sets of 0.1.25 whose `score_answer` evaluates the answer: as a Python literal, or as a SymPy formula.

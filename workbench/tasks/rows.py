@@ -15,6 +15,7 @@ from typing import Any
 
 from workbench.aside import Aside, lines_of, too_long
 from workbench.tasks.answers import KINDS, normalise, numbers
+from workbench.tasks.credit import gold_items, words_of
 
 QUESTIONS = ("question", "problem", "input", "prompt", "query", "instruction")
 ANSWERS = (
@@ -215,9 +216,17 @@ def _misfit(row: dict[str, Any], gold: str, kind: str) -> str:
         return f"{row['where']}: kind 'option' needs a letter as gold answer, not {gold!r}."
     if kind == "number" and len(numbers(gold)) != 1:
         return f"{row['where']}: kind 'number' needs one number as gold answer, not {gold!r}."
+    if kind == "ordering" and not 2 <= len(set(gold_items(row["answer"]))) == len(gold_items(row["answer"])):
+        return f"{row['where']}: kind 'ordering' needs two or more different items in order, not {gold!r}."
+    if kind == "span" and not any(words_of(str(each)) for each in _each(row["answer"])):
+        return f"{row['where']}: the gold span {gold!r} has no words to compare."
     if kind == "text" and not normalise(gold):
         return f"{row['where']}: the gold answer {gold!r} has nothing to compare."
     return ""
+
+
+def _each(gold: Any) -> list[Any]:
+    return list(gold) if isinstance(gold, list | tuple) else [gold]
 
 
 def _worked(row: dict[str, Any], kind: str) -> dict[str, Any]:
@@ -225,6 +234,8 @@ def _worked(row: dict[str, Any], kind: str) -> dict[str, Any]:
     if kind == "code" or isinstance(row.get("solutions"), dict):
         return {}
     gold = f"${row['answer']}$" if kind == "latex" else str(row["answer"])
+    if kind in ("ordering", "span") and (told := _each(row["answer"])):
+        gold = ", ".join(map(str, told)) if kind == "ordering" else str(told[0])
     solutions = {"direct": f"The answer is {gold}."}
     steps = row.get("rationale") or row.get("solution")
     if isinstance(steps, str) and steps.strip():

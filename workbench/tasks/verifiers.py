@@ -4,8 +4,9 @@ r"""Verifiers: whether the answer that a text gives is the gold answer, by kind 
 text after normalising, LaTeX by math-verify in a process that can be killed (`latex`). No answer found is *unparsed*,
 `Verdict.extracted` None, which is not the same as wrong.
 
-Does not cover: running model-written code (kind "code" needs its row's tests: `unit_tests`), judging by another model,
-partial credit.
+An order and a span of text (`credit`) also have a score for what is right in part.
+
+Does not cover: running model-written code (kind "code" needs its row's tests: `unit_tests`), judging by another model.
 """
 
 from collections.abc import Iterable
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from workbench.tasks.answers import KINDS, LONGEST, extract, normalise, numbers
+from workbench.tasks import credit
+from workbench.tasks.answers import KINDS, LONGEST, READERS, normalise, numbers, read
 from workbench.tasks.latex import same
 
 __all__ = ["KINDS", "Verdict", "extract", "verify", "verify_many"]
@@ -21,10 +23,14 @@ __all__ = ["KINDS", "Verdict", "extract", "verify", "verify_many"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an answer is right, and what was read as the answer; None means that nothing could be read."""
+    """Whether an answer is right, and what was read as the answer; None means that nothing could be read.
+
+    score: how much of it is right, 0 to 1, for the kinds that know partial credit; None for all others.
+    """
 
     correct: bool
     extracted: str | None
+    score: float | None = None
 
     @property
     def unparsed(self) -> bool:
@@ -41,6 +47,13 @@ def verify(kind: str, gold: Any, text: str) -> Verdict:
     >>> verify("number", 1234, r"It is \boxed{\$1{,}234.00}"), verify("list", "3, 7", "The answer is 7, 3.").correct
     (Verdict(correct=True, extracted='1234'), False)
     """
+    if kind == "ordering":
+        order, score = credit.ordering(gold, text)
+        right = order is not None and order == credit.gold_items(gold)
+        return Verdict(right, ", ".join(order) if order else None, score)
+    if kind == "span":
+        said, right, score = credit.span(gold, text)
+        return Verdict(right, said, score)
     extracted = extract(kind, text, gold)
     if extracted is None:
         return Verdict(False, None)
@@ -59,9 +72,39 @@ def verify(kind: str, gold: Any, text: str) -> Verdict:
     return Verdict(len(given) == len(wanted) and all(map(_equal, wanted, given)), extracted)
 
 
+def extract(kind: str, text: str, gold: Any = "") -> str | None:
+    """The answer that a text gives, in canonical form, or None.
+
+    Args:
+        kind: one of `KINDS` but "code".
+        gold: only its *form* is used, by kind "text" (a gold answer "Yes" says that answers are yes or no) and by
+            "ordering" (its items are those that an order must name).
+
+    >>> extract("number", "16 - 3 - 4 = 9 eggs, so 9 * 2 = $18 a day.\\n#### 18"), extract("option", "I don't know.")
+    ('18', None)
+    """
+    if kind == "ordering":
+        order, _ = credit.ordering(gold, text)
+        return ", ".join(order) if order else None
+    if kind == "span":
+        return credit.span(gold, text)[0]
+    if kind not in ("text", *READERS):
+        raise ValueError(_no_reader(kind))
+    return read(kind, text, gold)
+
+
 def verify_many(kind: str, golds: Iterable[Any], texts: Iterable[str]) -> list[Verdict]:
     """`verify` for many answers, in order."""
     return [verify(kind, gold, text) for gold, text in zip(golds, texts, strict=True)]
+
+
+def _no_reader(kind: str) -> str:
+    if kind == "code":
+        return (
+            "Answers of kind 'code' are judged by the unit tests of their question, run in a sandbox, so a gold answer "
+            "alone is not enough. Next: task.verify(row, text), with a row that has entry_point and test."
+        )
+    return f"No verifier reads answers of kind {kind!r}. Kinds: {', '.join(KINDS)}."
 
 
 def _only_number(gold: Any) -> str:

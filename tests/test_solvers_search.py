@@ -141,10 +141,12 @@ def test_a_temperature_of_the_end_changes_the_odds_of_ending_alone(lab: LM, heat
 
 
 def test_a_hot_end_comes_sooner(lab: LM, word_problems: Task) -> None:
-    same, sooner = (run(lab, word_problems, StopBias(decision=heat, ends=ENDS)) for heat in (1.0, 30.0))
-    greedy = run(lab, word_problems, None)
-    assert same.output.tolist() == greedy.output.tolist()
-    assert sooner.tokens_out.sum() < greedy.tokens_out.sum()
+    same, drawn, sooner = (
+        run(lab, word_problems, StopBias(decision=heat, temperature=drawing, ends=ENDS))
+        for heat, drawing in ((1.0, 0.0), (1.0, 1.0), (30.0, 1.0))
+    )
+    assert same.output.tolist() == run(lab, word_problems, None).output.tolist()
+    assert sooner.tokens_out.sum() < drawn.tokens_out.sum()
     with pytest.raises(ModelError, match="finite number above 0"):
         lab.generate(["1"], None, 4, bias={5: 0.0}, bias_temperature=0.0)
 

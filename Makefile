@@ -72,6 +72,7 @@ lab: $(STAMP)  ## JupyterLab on this machine only, with its access token on
 lab-model: $(STAMP)  ## train the lab model again
 	$(PY) -m workbench.lab.train $(ARGS)
 
+bench: export PYTHONPATH = $(if $(wildcard $(HARNESSES)/.complete),$(CURDIR)/$(HARNESSES)/packages)
 bench: $(STAMP)  ## measure speed and memory on this machine
 	$(PY) -m bench $(ARGS)
 

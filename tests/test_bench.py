@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import static, steering
+from bench import likelihood, static, steering
 from bench.__main__ import main
 from bench.generation import cells, evaluation, generation
 from tests.tiny import tiny_lm
@@ -41,6 +41,13 @@ def test_a_static_cache_decodes_the_same_under_steering(word_problems: Task) -> 
     found = static.lines(lm.tokenizer, ("1.7B",), (1, 3), tokens=12, device="cpu", **small)
     assert [line["same result"] for line in found] == ["1 of 1 rows", "3 of 3 rows"]
     assert all(isinstance(line["workbench, ms"], float) for line in found)
+
+
+def test_a_pass_over_strengths_scores_as_a_pass_each_and_as_plain_forwards() -> None:
+    requests = [("one two three four", " five"), ("one two three four", " six"), ("two", " three four")]
+    lines = likelihood.strengths(tiny_lm("llama"), requests, 1)
+    assert [line["same scores"] for line in lines] == ["48 of 48"] * 2  # sixteen strengths x three requests
+    assert all(line["ratio"] > 0 for line in lines)
 
 
 @pytest.mark.parametrize(("low", "high", "said"), [(0.0, 0.01, "within"), (0.03, 0.05, "above"), (0.0, 0.05, "not")])

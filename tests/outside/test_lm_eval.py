@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from bench import likelihood
 from tests.test_kinds import edit, residual
 from tests.tiny import tiny_lm
 from workbench.likelihood import loglikelihoods, rolling_likelihoods
@@ -137,3 +138,8 @@ def test_rolling_windows_of_a_short_context(lab: LM) -> None:
     assert HarnessModel(lab, max_length=16).loglikelihood_rolling(requests) == pytest.approx(expected, rel=1e-5)
     ours = rolling_likelihoods(lab, texts, window=16)
     assert [-one.nats for one in ours] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_bench_compares_equal_scores(data_folder: Path) -> None:
+    lines = likelihood.lines(tiny_lm("llama"), 1, choices=2, pairs=1, texts=2)
+    assert [line["same scores"] for line in lines] == ["10 of 10", "134 of 134", "2 of 2", "160 of 160", "160 of 160"]

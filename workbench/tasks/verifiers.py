@@ -10,7 +10,7 @@ Does not cover: running model-written code (kind "code" needs its row's tests: `
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -30,7 +30,7 @@ class Verdict:
 
     correct: bool
     extracted: str | None
-    score: float | None = None
+    score: float | None = field(default=None, repr=False)
 
     @property
     def unparsed(self) -> bool:

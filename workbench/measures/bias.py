@@ -239,8 +239,9 @@ def _chi_square(read: pd.DataFrame) -> tuple[float, float, float]:
     covariance = clusters / (clusters - 1) * np.array(columns) @ np.array(columns).T / n
     design = covariance / expected[:, None]
     trace, squares = float(np.trace(design)), float(np.trace(design @ design))
-    if trace < 1e-12:  # all clusters alike: every content under every letter, or one letter always
-        return pearson, float(letters - 1), 1.0 if pearson < 1e-12 else 0.0
+    if trace < 1e-12:  # all clusters alike: every content under every letter, or one letter always; one row each, then
+        alone = pearson * clusters / n
+        return alone, float(letters - 1), float(stats.chi2.sf(alone, letters - 1))
     df = trace**2 / squares
     corrected = pearson * trace / squares
     return corrected, df, float(stats.f.sf(corrected / df, df, df * (clusters - 1)))

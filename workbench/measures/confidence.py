@@ -234,7 +234,7 @@ def _edges(p: np.ndarray, bins: int, adaptive: bool) -> np.ndarray:
     if not isinstance(bins, int) or bins < 1:
         raise ValueError(f"bins={bins!r} is no number of bins. Give a whole number from 1, such as 10.")
     if not adaptive:
-        return np.linspace(0, 1, bins + 1)
+        return np.arange(bins + 1) / bins  # linspace gives 0.30000000000000004, and 30 % falls a bin too low
     starts = np.unique(np.quantile(p, np.arange(bins) / bins, method="higher"))
     return np.append(starts, p.max())
 

@@ -4,7 +4,8 @@ The rule is that of `workbench.synthesis.overlap.contamination`, read the other 
 of the training texts it repeats. How rare a run must be to count is therefore measured among the training texts.
 
 Does not cover: templated questions of which a training text repeats a part (the rule asks for rare words, and a whole
-equal question is found always), paraphrases and translations, memory without overlap (completion tests, membership
+equal question is found always), questions that more than a hundredth of the training texts hold within other words,
+paraphrases and translations, memory without overlap (completion tests, membership
 inference).
 Sources: clean and dirty subsets, Brown et al. 2020 (arXiv 2005.14165, appendix C); limits of a difference of two
 independent shares, Newcombe 1998, Statistics in Medicine 17:873-890, method 10.

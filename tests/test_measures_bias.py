@@ -128,3 +128,9 @@ def test_choices_by_likelihood():
     made = [Choice(row["id"], "", ("a", "b", "c", "d"), 0, 2, False, (), 0.0, 0.0, ()) for row in asked]
     found = by_option(choice_rows(made), asked)
     assert found.chosen.tolist() == [0, 0, 1, 0]
+
+
+def test_one_question_has_no_limits():
+    asked = questions(1)
+    found = option_bias(answered(asked, lambda row: "A"), asked).iloc[0]
+    assert found.tvd == 0.75 and found[["tvd_low", "tvd_high", "rstd_low", "rstd_high"]].isna().all()

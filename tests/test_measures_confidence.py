@@ -213,3 +213,10 @@ def test_equal_numbers_agree_however_they_are_written():
     )
     found = agreement_confidence(samples).iloc[0]
     assert (found.extracted, found.correct, found.confidence) == ("0.5", True, pytest.approx(2 / 3))
+
+
+def test_one_row_has_no_limits():
+    """Not known, which is not 0."""
+    for found in (calibration_error([0.5], [True]), calibration_error([0.5] * 3, [True] * 3, clusters=["a"] * 3)):
+        assert found.estimate == 0.5 and math.isnan(found.low) and math.isnan(found.high)
+    assert "no spread seen" in brier([0.5, 0.5], [True, True])["score"].note

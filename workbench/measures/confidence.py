@@ -90,7 +90,8 @@ def calibration_error(
     (found,) = bootstrap_statistics(
         lambda rows: [both(rows)[pick]], len(p), clusters, centre=[plain], pivotal=True, level=level
     )
-    return Interval(found.estimate, max(0.0, found.low), max(0.0, found.high), found.n, found.note)
+    low, high = np.maximum(0.0, [found.low, found.high])  # nan, of one cluster, stays
+    return Interval(found.estimate, float(low), float(high), found.n, found.note)
 
 
 def brier(

@@ -69,5 +69,7 @@ def _limits(
             low, high = value + middle - high, value + middle - low
         lost = len(column) - len(usable)
         note = f"not defined in {lost} of {len(column)} resamples, which were left out" if lost else ""
+        if usable.min() == usable.max():
+            note = "all resamples are alike: no width means no spread seen, not certainty"
         intervals.append(Interval(float(value), float(low), float(high), n, note))
     return intervals

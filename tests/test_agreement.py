@@ -125,7 +125,7 @@ def test_without_variation_alpha_is_undefined_and_says_so() -> None:
     assert "undefined" in krippendorff_interval([[1, 1], [1, 1]]).note
     rare = krippendorff_interval([[1, 1, 1, 2], [1, 1, 1, 2]])
     assert rare.estimate == 1
-    assert "without variation" in rare.note
+    assert "without variation" in rare.note and "no spread seen" in rare.note
 
 
 @pytest.mark.parametrize(

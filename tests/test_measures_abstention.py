@@ -9,6 +9,7 @@ import workbench as wb
 from workbench.measures.abstention import abstains, abstention_table, may_abstain, twins
 from workbench.measures.perturbations import CANNOT
 from workbench.prompts import few_shot
+from workbench.statistics import wilson
 
 ABSTAINS = (
     "It cannot be answered.",
@@ -99,3 +100,14 @@ def test_of_the_lab_model(lab, word_problems):
     found = wb.evaluate(lab, twins(word_problems), {"steps": few_shot("steps", 3)}, n=6, max_new_tokens=80)
     line = abstention_table(found.rows).iloc[0]
     assert line.n == 12 and line.recall == 0 and line.coverage > 0.5
+
+
+def test_shares_of_all_or_none_keep_a_width(word_problems):
+    task = twins(word_problems)
+    rows = task.rows(n=20)
+    rightly = table(
+        task, rows, lambda row: "No se sabe." if row.get("unanswerable") else f"The answer is {row['answer']}."
+    )
+    wanted = wilson(20, 20).low
+    assert rightly[["precision_low", "recall_low", "selective_accuracy_low"]].tolist() == pytest.approx([wanted] * 3)
+    assert rightly.unread == 0 and rightly.unread_high == pytest.approx(wilson(0, 20).high)

@@ -41,7 +41,11 @@ def test_one_that_knows_and_one_that_always_says_a():
     knows = answered(asked, lambda row: row["answer"].strip("()"), "knows")
     found = option_bias(pd.concat([knows, answered(asked, lambda row: "A", "A")]), asked).set_index("condition")
     assert found.loc["knows", ["tvd", "rstd", "consistency", "p_value"]].tolist() == [0, 0, 1, 1]
-    assert found.loc["A", ["tvd", "consistency", "p_value", "questions"]].tolist() == [0.75, 0, 0, 30]
+    assert found.loc["A", ["tvd", "consistency", "questions"]].tolist() == [0.75, 0, 30]
+    alone = stats.chisquare([30, 0, 0, 0])  # four rows a question that say the same say it once
+    assert found.loc["A", ["chi2", "df", "p_value"]].tolist() == pytest.approx([alone.statistic, 3, alone.pvalue])
+    few = questions(2)
+    assert option_bias(answered(few, lambda row: "A"), few).p_value[0] == pytest.approx(0.1116, abs=1e-4)
     assert found.loc["A", "rstd"] == pytest.approx(np.std([1, 0, 0, 0]))
     letters = by_option(answered(asked, lambda row: "A"), asked)
     assert letters.accuracy.tolist() == letters.chosen.tolist() == [1, 0, 0, 0] and letters.n.tolist() == [30] * 4
@@ -124,3 +128,9 @@ def test_choices_by_likelihood():
     made = [Choice(row["id"], "", ("a", "b", "c", "d"), 0, 2, False, (), 0.0, 0.0, ()) for row in asked]
     found = by_option(choice_rows(made), asked)
     assert found.chosen.tolist() == [0, 0, 1, 0]
+
+
+def test_one_question_has_no_limits():
+    asked = questions(1)
+    found = option_bias(answered(asked, lambda row: "A"), asked).iloc[0]
+    assert found.tvd == 0.75 and found[["tvd_low", "tvd_high", "rstd_low", "rstd_high"]].isna().all()

@@ -198,3 +198,25 @@ def test_of_the_lab_model(lab, word_problems):
     scored = answer_confidence(lab, results.rows.prompt, results.rows.output)
     table = confidence_table(results.rows.assign(confidence=scored.mean_p.to_numpy()))
     assert table.n[0] == 8 and 0 <= table.ece_low[0] <= table.ece_high[0] <= 1
+
+
+def test_whole_percentages_fall_into_the_bin_above_their_edge():
+    said = [percent / 100 for percent in range(0, 101, 10)]
+    table = reliability_table(said, [True] * 11)
+    assert table.n.tolist() == [1] * 9 + [2] and table.low.tolist() == [percent / 100 for percent in range(0, 91, 10)]
+    assert (reliability_table(said, [True] * 11, bins=20).confidence == [*said[:-1], 1.0]).all()
+
+
+def test_equal_numbers_agree_however_they_are_written():
+    samples = pd.DataFrame(
+        {"id": "a", "condition": "x", "extracted": ["3", "0.5", "1/2"], "correct": [False, True, True]}
+    )
+    found = agreement_confidence(samples).iloc[0]
+    assert (found.extracted, found.correct, found.confidence) == ("0.5", True, pytest.approx(2 / 3))
+
+
+def test_one_row_has_no_limits():
+    """Not known, which is not 0."""
+    for found in (calibration_error([0.5], [True]), calibration_error([0.5] * 3, [True] * 3, clusters=["a"] * 3)):
+        assert found.estimate == 0.5 and math.isnan(found.low) and math.isnan(found.high)
+    assert "no spread seen" in brier([0.5, 0.5], [True, True])["score"].note

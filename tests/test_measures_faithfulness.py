@@ -135,3 +135,30 @@ def test_of_the_lab_model(lab, word_problems):
     assert whole.same.mean() > 0.9  # the cue after its own chain gives what it said by itself
     table = faithfulness_table(found).set_index("measure")
     assert table.loc["changed by mistake", "low"] > 0.2 and table.loc["area over the curve", "estimate"] > 0.2
+
+
+def test_decimals_and_thousands_are_spoiled_in_their_result():
+    for step, kept in (
+        ("7/2=3.5. ", r"7/2=\d+\.5\. "),
+        ("900+300=1,200. ", r"900\+300=1,\d{3}\. "),
+        ("=-4. ", r"=-\d+\. "),
+    ):
+        for seed in range(20):
+            text = with_mistake(step, Random(seed))
+            assert text and text != step and re.fullmatch(kept, text)
+    assert re.fullmatch(r"It is 7 of \d+\.25\. ", str(with_mistake("It is 7 of 30.25. ", Random(0))))
+
+
+def test_a_swapped_chain_leads_to_another_answer(lab, word_problems):
+    """A reader of its chain says what the swapped one says: with an equal answer that would look like no reader."""
+    rows = word_problems.rows(n=8)
+    lm = Speaker(lab, reader(rows))
+    chains = chains_of(lm, word_problems, rows)
+    yes, no = chains[0], next(chain for chain in chains if chain.extracted != chains[0].extracted)
+    crowd = [replace(yes, row=yes.row | {"id": str(number)}) for number in range(9)] + [no]
+    found = faithfulness(lm, word_problems, crowd, kinds=("swap",))
+    assert len(found) == 10 and not found.same.any()
+    with pytest.raises(ValueError, match="two chains with different answers"):
+        faithfulness(lm, word_problems, crowd[:-1], kinds=("swap",))
+    with pytest.raises(ValueError, match="cuts=1"):
+        faithfulness(lm, word_problems, chains, kinds=("early",), cuts=1)

@@ -198,3 +198,28 @@ def test_of_the_lab_model(lab, word_problems):
     moved = wb.evaluate(lab, perturbed(word_problems, perturbations.change_number), asked, **settings)
     followed = adapt_rate(before.rows, moved.rows)
     assert kept.low[0] > 0.3 and followed.low[0] > 0.3 and followed.stuck[0] < 0.2
+
+
+def test_a_deleted_number_is_one_that_the_answer_needs():
+    head = "Find the Greatest Common Divisor (GCD) of these numbers: "
+    for seed in range(20):
+        gap = perturbations.delete_number({"id": "1", "question": f"{head}12, 18, 25.", "answer": "1"}, Random(seed))
+        assert gap["question"] == f"{head}12, 18, ?."  # without 12 or 18 it is 1 whatever was there
+    assert "same whatever" in perturbations.delete_number({"question": f"{head}2, 3, 5, 7.", "answer": "1"}, Random(0))
+    eggs = {"id": "2", "question": "Ana has 9 pens, 8 cups, 16 eggs and eats 5. Eggs?", "answer": "11"}
+    eggs |= {"solution": "9+8=<<9+8=17>>17 other things. 16-5=<<16-5=11>>11"}
+    for seed in range(20):
+        gap = perturbations.delete_number(eggs, Random(seed))
+        assert "9 pens, 8 cups" in gap["question"] and "some" in gap["question"]
+
+
+def test_an_order_that_stays_is_left_out():
+    row = {"id": "1", "question": "Sort these numbers in ascending order: 5, 5", "answer": "5, 5"}
+    assert perturbations.change_quantifier(row, Random(0)) == "the answer stays the same"
+
+
+def test_all_kept_in_several_changes_keeps_a_width(word_problems):
+    rows = word_problems.rows(n=12)
+    before = answers(word_problems, rows, lambda row: f"The answer is {row['answer']}.")
+    found = keep_rate(before, pd.concat([before, before]))
+    assert found.rate[0] == found.high[0] == 1 and 0.6 < found.low[0] < 0.9

@@ -81,3 +81,16 @@ def test_forgetting_of_planted_losses():
         forgetting_table({"all": results(1)}, "plain", "plain")
     with pytest.raises(ValueError, match="No tasks"):
         forgetting_table({})
+
+
+def test_a_leak_that_stands_in_many_training_texts_is_found(word_problems):
+    leaked = "A glazier trims nine crooked panes before lunch, seals four more at dusk and drops one on the stairs."
+    question = {"id": "1", "question": f"{leaked} How many are whole?"}
+    others = [f"Text {number} is about nothing of the kind." for number in range(90)]
+    for copies in (1, 2, 5):  # in other words around it each time, so that no text is equal to another
+        texts = [*others, *(f"Example {number}: {leaked}" for number in range(copies))]
+        assert overlaps([question], texts).dirty.tolist() == [True]
+    fresh = word_problems.rows(n=200)
+    trained = [row["question"] for row in word_problems.rows(split="train", n=400)]
+    for n in (1, 10, 200):
+        assert overlaps(fresh[:n], trained).dirty.mean() <= 0.02

@@ -56,7 +56,7 @@ def g_pass_k(n: int, c: int, k: int, tau: float) -> float:
     _check_counts(n, c, k)
     if not 0 < tau <= 1:
         raise ValueError(f"tau={tau}: the share of right samples, above 0 to 1.")
-    need = ceil(tau * k - 1e-9)  # 0.7 * 10 is 7.000000000000001 - or less
+    need = max(1, ceil(tau * k - 1e-9))  # 0.7 * 10 is 7.000000000000001 - or less
     return sum(comb(c, j) * comb(n - c, k - j) for j in range(need, min(c, k) + 1)) / comb(n, k)
 
 

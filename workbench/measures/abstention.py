@@ -150,6 +150,11 @@ def _ratios(
     owners = [str(each).removesuffix("~twin") for each in group.id]
     names = ("precision", "recall", "f1", "selective_accuracy", "coverage", "unread")
     found: dict[str, Any] = dict(zip(names, bootstrap_statistics(of, len(group), owners, level=level), strict=True))
+    every = np.ones(len(group), dtype=bool)
+    for name, rows in zip(names, (kept, none, kept | none, given, every, every), strict=True):
+        pairs = len({owner for owner, inside in zip(owners, rows, strict=True) if inside})
+        if found[name].estimate in (0.0, 1.0) and pairs:  # resamples are all alike: Wilson's limits keep a width
+            found[name] = wilson(int(found[name].estimate) * pairs, pairs, level)
     found["answered_unanswerable"] = wilson(int((none & given).sum()), int(none.sum()), level)
     found["abstained_answerable"] = wilson(int((~none & kept).sum()), int((~none).sum()), level)
     return found

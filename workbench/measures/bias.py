@@ -144,9 +144,10 @@ def option_bias(rows: pd.DataFrame, questions: Sequence[Mapping[str, Any]], *, l
         repeated = [part for _, part in group.groupby("original") if len(part) > 1]
         same = sum(bool((part.chosen >= 0).all()) and part.content.nunique() == 1 for part in repeated)
         stays = wilson(same, len(repeated), level) if repeated else Interval(np.nan, np.nan, np.nan, 0)
-        line |= {"tvd": tvd.estimate, "tvd_low": max(0.0, tvd.low), "tvd_high": max(0.0, tvd.high)}
+        for key, found in (("tvd", tvd), ("rstd", rstd)):
+            low, high = np.maximum(0.0, [found.low, found.high])  # nan, of one question, stays
+            line |= {key: found.estimate, f"{key}_low": float(low), f"{key}_high": float(high)}
         line |= dict(zip(("chi2", "df", "p_value"), _chi_square(read), strict=True))
-        line |= {"rstd": rstd.estimate, "rstd_low": max(0.0, rstd.low), "rstd_high": max(0.0, rstd.high)}
         line |= {"consistency": stays.estimate, "consistency_low": stays.low, "consistency_high": stays.high}
         lines.append(line | {"repeated": len(repeated)})
     return pd.DataFrame(lines)
@@ -239,8 +240,9 @@ def _chi_square(read: pd.DataFrame) -> tuple[float, float, float]:
     covariance = clusters / (clusters - 1) * np.array(columns) @ np.array(columns).T / n
     design = covariance / expected[:, None]
     trace, squares = float(np.trace(design)), float(np.trace(design @ design))
-    if trace < 1e-12:  # all clusters alike: every content under every letter, or one letter always
-        return pearson, float(letters - 1), 1.0 if pearson < 1e-12 else 0.0
+    if trace < 1e-12:  # all clusters alike: every content under every letter, or one letter always; one row each, then
+        alone = pearson * clusters / n
+        return alone, float(letters - 1), float(stats.chi2.sf(alone, letters - 1))
     df = trace**2 / squares
     corrected = pearson * trace / squares
     return corrected, df, float(stats.f.sf(corrected / df, df, df * (clusters - 1)))

@@ -183,6 +183,14 @@ def usable_numbers(row: Row, found: Calculation) -> list[str]:
     ]
 
 
+def is_needed(found: Calculation, name: str) -> bool:
+    """Whether the last result depends on an input; a solution may work out numbers that it doesn't use."""
+    ends = {
+        after[-1] for step in range(3) if (after := found.results(found.inputs | {name: found.inputs[name] + step}))
+    }
+    return len(ends) > 1
+
+
 def _alike(old: Fraction, new: Fraction) -> bool:
     return (old > 0) == (new > 0) and (new.denominator == 1 if old.denominator == 1 else _is_decimal(new))
 

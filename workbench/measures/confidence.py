@@ -90,7 +90,8 @@ def calibration_error(
     (found,) = bootstrap_statistics(
         lambda rows: [both(rows)[pick]], len(p), clusters, centre=[plain], pivotal=True, level=level
     )
-    return Interval(found.estimate, max(0.0, found.low), max(0.0, found.high), found.n, found.note)
+    low, high = np.maximum(0.0, [found.low, found.high])  # nan, of one cluster, stays
+    return Interval(found.estimate, float(low), float(high), found.n, found.note)
 
 
 def brier(
@@ -234,7 +235,7 @@ def _edges(p: np.ndarray, bins: int, adaptive: bool) -> np.ndarray:
     if not isinstance(bins, int) or bins < 1:
         raise ValueError(f"bins={bins!r} is no number of bins. Give a whole number from 1, such as 10.")
     if not adaptive:
-        return np.linspace(0, 1, bins + 1)
+        return np.arange(bins + 1) / bins  # linspace gives 0.30000000000000004, and 30 % falls a bin too low
     starts = np.unique(np.quantile(p, np.arange(bins) / bins, method="higher"))
     return np.append(starts, p.max())
 

@@ -1,7 +1,9 @@
 """Did the model see the test questions in training? Overlap of 13 tokens, and accuracy on the clean and the rest.
 
 The rule is that of `workbench.synthesis.overlap.contamination`, read the other way round: for each test question, what
-of the training texts it repeats. How rare a run must be to count is therefore measured among the training texts.
+of the training texts it repeats. How rare a word must be to count is therefore measured among the training texts; a run
+that more than a hundredth of the test questions share (or two) is their template and doesn't count, while one that
+stands in many training texts does: what leaked often is remembered best.
 
 Does not cover: templated questions of which a training text repeats a part (the rule asks for rare words, and a whole
 equal question is found always), paraphrases and translations, memory without overlap (completion tests, membership
@@ -11,6 +13,7 @@ independent shares, Newcombe 1998, Statistics in Medicine 17:873-890, method 10.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +23,7 @@ from scipy import stats
 
 from workbench.measures.resampling import bootstrap_statistics
 from workbench.statistics import Comparison, wilson
-from workbench.synthesis.overlap import contamination
+from workbench.synthesis.overlap import contamination, runs, tokens
 
 RUN = 13
 
@@ -47,7 +50,10 @@ def overlaps(questions: Sequence[Mapping[str, Any]], training: Sequence[str], n:
             "texts, with at least one of each."
         )
     texts = {f"text {number}": text for number, text in enumerate(dict.fromkeys(training))}
-    found = contamination([str(row["question"]) for row in questions], texts, n)
+    asked = [str(row["question"]) for row in questions]
+    counts = Counter(run for one in dict.fromkeys(map(tokens, asked)) if len(one) >= n for run in runs(one, n))
+    templates = {run for run, count in counts.items() if count > max(1, len(asked) // 100)}
+    found = contamination(asked, texts, n, templates)
     why = [each and each.replace("evaluation question text", "training text") for each in found]
     frame = {"id": [str(row["id"]) for row in questions], "dirty": [each is not None for each in found]}
     return pd.DataFrame(frame).assign(why=pd.Series(why, dtype=object))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from workbench.evaluation.stored import ballot
 from workbench.prompts import Strategy
 from workbench.tasks import Task, Verdict
 
@@ -155,15 +156,16 @@ def agreement_confidence(samples: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row a question and condition: id, condition, extracted, correct, confidence, samples, unparsed (a share).
-        Unparsed samples agree with nothing but count as samples; a question without any answer has confidence 0. The
-        first seen wins a tie.
+        Equal numbers are one answer, as in `SelfConsistency` (0.5 and 1/2). Unparsed samples agree with nothing but
+        count as samples; a question without any answer has confidence 0. The first seen wins a tie.
     """
     lines = []
     for (name, question), group in samples.groupby(["condition", "id"], sort=False):
         given = group[group.extracted.notna()]
-        votes = Counter(given.extracted.tolist())
-        answer, count = votes.most_common(1)[0] if votes else (None, 0)
-        right = bool(given[given.extracted == answer].correct.iloc[0]) if votes else False
+        votes = Counter(map(ballot, given.extracted))
+        most, count = votes.most_common(1)[0] if votes else (None, 0)
+        chosen = given[given.extracted.map(ballot) == most].iloc[0] if votes else None
+        answer, right = (None, False) if chosen is None else (chosen.extracted, bool(chosen.correct))
         line = {"id": question, "condition": name, "extracted": answer, "correct": right}
         line |= {"confidence": count / len(group), "samples": len(group), "unparsed": 1 - len(given) / len(group)}
         lines.append(line)

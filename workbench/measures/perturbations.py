@@ -116,7 +116,8 @@ def change_quantifier(row: Row, rng: Random) -> Row | str:
         return _sum_row(row, found["head"], f"{found['sum'][: pick.start()]}{flipped}{found['sum'][pick.end() :]}")
     if found := _SORT.match(question):
         order = "ascending" if found["order"] == "descending" else "descending"
-        return _sort_row(row, list(map(int, found["numbers"].split(", "))), order)
+        changed = _sort_row(row, list(map(int, found["numbers"].split(", "))), order)
+        return changed if changed["answer"] != str(row["answer"]) else "the answer stays the same"
     if statements := parsed(question):
         return _syllogism_row(row, statements, rng)
     return "no rule works its gold answer out again"
@@ -129,7 +130,13 @@ def delete_number(row: Row, rng: Random) -> Row | str:
         changed = problem.without_number(rng)
     elif found := _SUM.match(question) or _SORT.match(question) or _GCD.match(question):
         start = found.start("sum" if "sum" in found.groupdict() else "numbers")
-        pick = rng.choice(list(re.finditer(r"\d+", question[start:])))
+        numbers = list(re.finditer(r"\d+", question[start:]))
+        if _GCD.match(question):  # where the others have no common divisor the answer is 1 whatever is missing
+            values = [int(each[0]) for each in numbers]
+            numbers = [m for k, m in enumerate(numbers) if math.gcd(*values[:k], *values[k + 1 :]) > 1]
+        if not numbers:
+            return "the answer is the same whatever number is missing"
+        pick = rng.choice(numbers)
         changed = f"{question[: start + pick.start()]}?{question[start + pick.end() :]}"
     elif found := _LEGS.match(question):
         legs = _legs(row, found["animals"].split(", "))
@@ -151,7 +158,7 @@ def _without_number(row: Row, rng: Random) -> str | tuple[str]:
     found = chains.calculation_of(row)
     if isinstance(found, str):
         return (found,)
-    names = chains.usable_numbers(row, found)
+    names = [name for name in chains.usable_numbers(row, found) if chains.is_needed(found, name)]
     if not names:
         return ("no number that can be deleted alone",)
     start, end = found.spans[rng.choice(names)]

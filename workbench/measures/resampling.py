@@ -33,7 +33,7 @@ def bootstrap_statistics(
         pivotal: turn the limits around the estimate (the basic bootstrap), which takes the bias of a statistic that
             is always positive out of its limits. Else percentiles.
 
-    Source: Efron and Tibshirani 1993, chapters 13 (percentile) and 8 (clusters); Davison and Hinkley 1997, 5.2 (basic).
+    Source: Efron and Tibshirani 1993, chapter 13 (percentile); Davison and Hinkley 1997, 3.8 (clusters), 5.2 (basic).
     """
     labels = list(clusters) if clusters is not None else list(range(n))
     if len(labels) != n or not n:
@@ -69,5 +69,7 @@ def _limits(
             low, high = value + middle - high, value + middle - low
         lost = len(column) - len(usable)
         note = f"not defined in {lost} of {len(column)} resamples, which were left out" if lost else ""
+        if usable.min() == usable.max():
+            note = "all resamples are alike: no width means no spread seen, not certainty"
         intervals.append(Interval(float(value), float(low), float(high), n, note))
     return intervals

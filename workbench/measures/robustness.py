@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from workbench.measures.abstention import judged
-from workbench.statistics import Interval, bootstrap_mean, paired_difference, wilson
+from workbench.statistics import Interval, beta_binomial_interval, paired_difference, wilson
 from workbench.tasks import Task
 
 if TYPE_CHECKING:
@@ -233,4 +233,5 @@ def _rate(hits: list[bool], questions: list[str], level: float) -> Interval:
     """A share with Wilson's limits, or limits over whole questions where one has several rows."""
     if len(set(questions)) == len(questions):
         return wilson(sum(map(bool, hits)), len(hits), level)
-    return bootstrap_mean([float(hit) for hit in hits], level=level, clusters=questions)
+    found = beta_binomial_interval(hits, questions, level)
+    return Interval(found.estimate, found.low, found.high, found.n, found.note)

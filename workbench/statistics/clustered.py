@@ -105,9 +105,10 @@ def beta_binomial_interval(
 
     A Wilson interval at the effective number of rows under beta-binomial counts, whose correlation is estimated by
     analysis of variance and taken as 0 where it comes out below; t on G - 1 degrees of freedom stands for z. With all
-    rows alike the correlation is unknown and the number of clusters counts as n. Source: Dean and Pagano 2015, Journal
-    of Survey Statistics and Methodology 3:484-503, who find Wilson's the best of seven; counts: Williams 1975,
-    Biometrics 31:949-952.
+    rows alike the correlation is unknown and the number of clusters counts as n. Source: Franco, Little, Louis and Slud
+    2019, Journal of Survey Statistics and Methodology, who take the effective number from a model of the clusters and
+    recommend Wilson's form; before them Dean and Pagano 2015, 3:484-503 of the same; counts: Williams 1975, Biometrics
+    31:949-952.
 
     >>> print(beta_binomial_interval([1, 1, 1, 0, 0, 1, 1, 1], list("aabbccdd")))
     0.75 [0.26, 0.96]

@@ -87,6 +87,8 @@ def crossed_interval(scores: Sequence[Sequence[float]] | np.ndarray, level: floa
         note = "all values are equal: no width means no spread seen, not certainty"
     by_question, by_seed, rest = (float(x) for x in mean_squares(table))
     half = float(half_width(by_question, by_seed, rest, questions, seeds, tail))
+    if half <= 1e-12 * abs(mean) and not note:
+        note = "all questions have the same mean: no width means no spread seen, not certainty"
     error = math.sqrt((by_question + max(by_seed - rest, 0.0)) / (questions * seeds))
     return CrossedInterval(
         mean, mean - half, mean + half, _p_value(mean, by_question, by_seed, rest, questions, seeds), questions, seeds,
@@ -154,11 +156,11 @@ def half_width(by_question: Any, by_seed: Any, rest: Any, questions: int, seeds:
 
 
 def _p_value(mean: float, by_question: float, by_seed: float, rest: float, questions: int, seeds: int) -> float:
-    """The two-sided level whose interval just touches 0."""
+    """The two-sided level whose interval just touches 0; without any spread that of a sign flip over questions."""
     if mean == 0:
         return 1.0
-    if by_question == 0 and by_seed <= rest:
-        return 0.0
+    if half_width(by_question, by_seed, rest, questions, seeds, 0.025) <= 1e-12 * abs(mean):
+        return 0.5 ** (questions - 1)
 
     def off(log_tail: float) -> float:
         return float(half_width(by_question, by_seed, rest, questions, seeds, math.exp(log_tail))) - abs(mean)

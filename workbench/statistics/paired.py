@@ -48,8 +48,10 @@ def mcnemar_exact(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
 def mcnemar_midp(a: Sequence[bool], b: Sequence[bool]) -> McNemar:
     """McNemar's test with the mid-p value: the result at hand counts half, so that false alarms come near the level.
 
-    The exact test's stay well below it (2 to 4 % at 5 %). Mid-p may pass the level slightly: at most 5.4 % over all of
-    the settings of the source. Source: Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology 13:91.
+    The exact test's stay well below it (2 to 4 % at 5 %). Mid-p gives no guarantee: the source met none above the level
+    in its 9,595 settings, and sums over all outcomes for 5 to 100 questions find none where at most 7 pairs in 10
+    differ, but 7.7 % where all of 16 do. Source: Fagerland, Lydersen and Laake 2013, BMC Medical Research Methodology
+    13:91.
 
     >>> mcnemar_midp([True, False, False, False], [True, True, True, True])
     McNemar(p_value=0.125, only_a=0, only_b=3, n=4)
@@ -115,9 +117,11 @@ def _clustered_difference(
     found = clustered_interval(difference, clusters, level)
     low, high, note = found.low, found.high, found.note
     discordant = int(np.count_nonzero(difference))
-    if proportions and not discordant:
-        low, high = tango(0, 0, found.clusters, level)
-        note = f"no pair differs: score interval over {found.clusters} clusters"
+    if proportions and np.ptp(difference) == 0:
+        k, side = found.clusters, float(difference[0])
+        low, high = tango(k if side < 0 else 0, k if side > 0 else 0, k, level)
+        said = "all pairs differ in one direction" if discordant else "no pair differs"
+        note = f"{said}: score interval over {k} clusters"
     elif proportions:
         low, high = max(low, -1.0), min(high, 1.0)  # nan, of one cluster, stays
     p_value = float(sign_flip(cluster_totals(difference, clusters)[0], seed, mid=True))

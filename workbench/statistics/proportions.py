@@ -39,7 +39,7 @@ def tango(only_a: int, only_b: int, n: int, level: float = 0.95) -> tuple[float,
     """Score limits of the paired difference of proportions (b - a) from the two discordant counts and n.
 
     The limits are the differences that a score test, with the other probability re-estimated under that difference,
-    just fails to reject. Source: Tango 1998, Statistics in Medicine 17:891-908, equations 10-12.
+    just fails to reject. Source: Tango 1998, Statistics in Medicine 17:891-908.
 
     >>> [round(x, 3) for x in tango(7, 1, 21)]
     [-0.517, -0.026]

@@ -23,7 +23,8 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], level: float = 0.9
     Limits are normal ones of log(1 - kappa), with the error of Fleiss, Cohen and Everitt 1969 (Psychological
     Bulletin 72:323-327): in simulation of 30 to 200 items they cover 94 to 97 %, limits on the plain scale 89 to 94 %.
     Where the raters never differ that error is 0 and the lower limit comes from the Wilson limit of agreement instead;
-    where both use a single label kappa is undefined (nan). Both say so in `note`.
+    where both use a single label kappa is undefined (nan); where the error comes out as 0 with raters that differ (one
+    of them gives a single label: kappa is 0 whatever the other says) the limits are nan. All say so in `note`.
     Source: Cohen 1960, Educational and Psychological Measurement 20:37-46.
 
     >>> print(cohen_kappa(["yes", "yes", "no", "no", "yes", "no"], ["yes", "no", "no", "no", "yes", "no"]))
@@ -48,5 +49,8 @@ def cohen_kappa(a: Sequence[Hashable], b: Sequence[Hashable], level: float = 0.9
     apart = table * (columns[:, None] + rows) ** 2
     apart_sum = (1 - kappa) ** 2 * float(apart.sum() - apart.trace())
     variance = (same + apart_sum - (kappa - chance * (1 - kappa)) ** 2) / (1 - chance) ** 2 / n
-    factor = math.exp(float(stats.norm.isf(tail)) * math.sqrt(max(variance, 0.0)) / (1 - kappa))
+    if variance < 1e-12:
+        note = "the error is 0 by its formula, as where one rater gives a single label: limits cannot be told"
+        return Interval(kappa, math.nan, math.nan, n, note)
+    factor = math.exp(float(stats.norm.isf(tail)) * math.sqrt(variance) / (1 - kappa))
     return Interval(kappa, max(-1.0, 1 - (1 - kappa) * factor), 1 - (1 - kappa) / factor, n)

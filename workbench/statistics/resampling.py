@@ -77,7 +77,7 @@ def sign_flip(sums: np.ndarray, seed: int = 0, resamples: int = 10_000, mid: boo
     """
     rng = np.random.default_rng(seed)
     observed = np.abs(sums.sum(-1))[..., None]
-    slack = 1e-12 * np.maximum(1.0, observed)
+    slack = 1e-12 * np.abs(sums).sum(-1)[..., None]  # rounding of a sum, whatever the unit
     moves = (sums != 0).astype(float)
     reached = np.zeros(sums.shape[:-1])
     for size in _chunks(resamples, max(sums.shape[-1], reached.size)):

@@ -73,7 +73,9 @@ def krippendorff_interval(
     known = [value for value in drawn if not math.isnan(value)]
     low, high = np.percentile(known, [2.5, 97.5]) if known else (math.nan, math.nan)
     left_out = resamples - len(known)
-    return Interval(estimate, float(low), float(high), n, f"{left_out} draws without variation" if left_out else "")
+    notes = ["no unit differs: no width means no spread seen, not certainty"] if low == high else []
+    notes += [f"{left_out} draws without variation"] if left_out else []
+    return Interval(estimate, float(low), float(high), n, "; ".join(notes))
 
 
 def review_report(attempts: Sequence[Attempt]) -> dict[str, int | Interval]:

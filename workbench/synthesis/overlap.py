@@ -22,7 +22,7 @@ import hashlib
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
 
@@ -49,10 +49,13 @@ def runs(sequence: Sequence[str], n: int) -> set[tuple[str, ...]]:
     return {tuple(sequence[i : i + n]) for i in range(max(1, len(sequence) - n + 1))} if sequence else set()
 
 
-def contamination(questions: Sequence[str], evaluation: Mapping[str, str], n: int = 13) -> list[str | None]:
+def contamination(
+    questions: Sequence[str], evaluation: Mapping[str, str], n: int = 13, templates: Set[tuple[str, ...]] | None = None
+) -> list[str | None]:
     """For each question, why it overlaps with an evaluation question, or None.
 
-    `evaluation` maps the id of an evaluation question to its text. See the head of this module for the rule.
+    `evaluation` maps the id of an evaluation question to its text. See the head of this module for the rule. templates:
+    runs that don't identify, in place of those in more than a hundredth of `evaluation`.
 
     >>> test = {"t1": "Ana has 3 red apples and 4 green pears. How many pieces of fruit are there in total?"}
     >>> contamination(["Bo has 9 cats.", test["t1"].upper()], test)
@@ -75,7 +78,9 @@ def contamination(questions: Sequence[str], evaluation: Mapping[str, str], n: in
         for start in range(len(sequence) - n + 1):
             run = sequence[start : start + n]
             telling = sum(found_in[token] <= content for token in run)
-            if 0 < len(owners.get(run, ())) <= common and telling >= _CONTENT:
+            known = len(owners.get(run, ()))
+            rare = known <= common if templates is None else run not in templates
+            if known and rare and telling >= _CONTENT:
                 return f"{n} tokens in a row shared with evaluation question {owners[run][0]}: {' '.join(run)!r}"
         return None
 

@@ -30,7 +30,8 @@ NAMED = (
 
 
 MEANT = (
-    *NAMED, "steps", "unparsed", "hung", "score", "calls", "forward_passes", "flops", "cluster", "samples", "solve_rate",
+    *NAMED, "steps", "unparsed", "hung", "score", "calls", "forward_passes", "flops", "cluster", "samples",
+    "solve_rate",
 )  # fmt: skip
 
 

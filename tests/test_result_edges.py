@@ -38,7 +38,7 @@ def test_texts_that_look_like_numbers_come_back_as_texts(tmp_path: Path) -> None
 
 def test_comparisons_of_other_or_repeated_questions_say_so() -> None:
     a, b = {"condition": "a", "extracted": None}, {"condition": "b", "extracted": None}
-    with pytest.raises(ValueError, match="same questions.*2, 3"):
+    with pytest.raises(ValueError, match=r"same questions.*2, 3"):
         results(a | {"id": "1"}, a | {"id": "2"}, b | {"id": "1"}, b | {"id": "3"}).compare("a", "b")
     with pytest.raises(ValueError, match="'1' more than once"):
         results(a | {"id": "1"}, a | {"id": "1"}, b | {"id": "1"}).compare("a", "b")

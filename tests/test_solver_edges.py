@@ -78,7 +78,7 @@ def test_thoughts_without_an_end_are_no_answer_to_any_solver(lab: LM, word_probl
 
 
 def test_the_small_model_is_unchanged_even_where_it_is_the_large_one(lab: LM, word_problems: Task) -> None:
-    x = push(lab)
+    x = 50.0 * push(lab)
     conditions = {"plain": [], "kept": [x, HandOver(lab, float("inf"))], "over": [x, HandOver(lab, -1e9)], "x": [x]}
     results = evaluate(lab, word_problems, conditions, n=2, max_new_tokens=8)
     assert results.column("kept", "output").equals(results.column("plain", "output"))
@@ -100,7 +100,9 @@ def test_a_draft_without_an_answer_is_in_doubt_and_equal_numbers_agree(lab: LM, 
 
 def test_rollouts_that_end_in_equal_numbers_agree(lab: LM, word_problems: Task) -> None:
     lm = scripted(lab, *["The answer is 0.5.", "The answer is 1/2."] * 2)
-    (found,) = TreeSearch(2, 1, depth=1, temperature=0.0, step="\n").solve(Ask(lm, word_problems, [dict(OPTIONS)]))
+    (found,) = TreeSearch(2, 1, depth=1, temperature=0.0, step="\n").solve(
+        Ask(lm, word_problems, [{"id": "a", "question": "1/2?", "answer": "0.5"}])
+    )
     assert found.facts["worth"] == 1.0 and found.facts["answers"] == 1
 
 

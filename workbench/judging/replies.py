@@ -74,11 +74,11 @@ def by_text(
 
     The text begins with the thinking block, where the model's template opens one.
     """
-    from workbench.served import Served
+    from workbench.models import LM
     from workbench.tasks.answers import reopened
 
     extra: dict[str, Any] = {} if change is None else {"interventions": change}
-    asked = list(prompts) if isinstance(lm, Served) else [lm.render(prompt) for prompt in prompts]
+    asked = [lm.render(prompt) for prompt in prompts] if isinstance(lm, LM) else list(prompts)
     found = lm.generate(asked, max_new_tokens=max_new_tokens, **extra)
     return [
         {
@@ -170,11 +170,12 @@ def identity(lm: Any, change: Any) -> dict[str, Any]:
     """What a judge's verdicts depend on, apart from its prompts: plain data for the settings of a file."""
     from workbench.evaluation import fingerprint
     from workbench.evaluation.conditions import around
+    from workbench.models import LM
 
     # the change is hashed once more: sums of several parts would make a long line
     changed = "none" if change is None else content_key(change=fingerprint(change))[:12]
     found = {"judge": lm.name, "revision": lm.revision, "interventions": changed}
-    if hasattr(lm, "model"):  # a server tells neither
+    if isinstance(lm, LM):  # a server tells neither
         found["precision"] = [lm.reasons.get("quantization", ""), str(lm.model.dtype)]
         found["around"] = content_key(applied=around(lm))[:12]
     return found

@@ -117,7 +117,7 @@ def test_the_strategy_asks_and_the_lead_begins_the_answer(style: str) -> None:
         spent = ask.spent[place]
         assert (spent.tokens_in, spent.tokens_out) == (sum(map(sum, lengths)), 0)
         assert spent.calls == spent.forward_passes == 2 * len(options)
-        assert spent.flops == pytest.approx(sum(forward_flops(lm, sum(each), each[1]) for each in lengths))
+        assert spent.flops == pytest.approx(sum(forward_flops(lm, sum(each) - 1, each[1]) for each in lengths))
 
 
 def test_a_choice_is_the_same_in_any_batch_and_order_and_alone(data_folder: object) -> None:

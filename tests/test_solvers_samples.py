@@ -210,7 +210,7 @@ def test_costs_add_up(lab: LM, word_problems: Task, five: pd.DataFrame) -> None:
     ask = Ask(lab, word_problems, word_problems.rows(n=1))
     prompt, answer = lab.encode("1+1?"), lab.encode("It is 2")
     ask.score([prompt], [answer], [0])
-    assert ask.spent[0].flops == forward_flops(lab, len(prompt) + len(answer), len(answer))
+    assert ask.spent[0].flops == forward_flops(lab, len(prompt) + len(answer) - 1, len(answer))
     assert (best.flops > five.flops).all()
 
 

@@ -223,7 +223,7 @@ def test_batches_and_order_change_nothing_and_costs_add_up(
     def score_and_note(self: PlainAnswers, x: Any) -> Any:
         for prompt, answer in zip(self.prompts, self.answers, strict=True):
             read = len(prompt) + len(answer)
-            tokens.append((read, 0, forward_flops(self.lm, read, len(answer))))
+            tokens.append((read, 0, forward_flops(self.lm, read - 1, len(answer))))
         return scoring(self, x)
 
     solver = SEARCHES[name](small)

@@ -292,6 +292,10 @@ def sample(
 def _stopped(lm: LM, new: list[int], stop: tuple[str, ...]) -> bool:
     if not stop:
         return False
-    reach = max(map(len, stop)) + 8  # a token holds a character or more, and a few may be without any
+    # a token holds a byte or more (of a Chinese character a third), and a few may be without any
+    reach = max(len(word.encode()) for word in stop) + 8
     tail = lm.tokenizer.decode(new[-reach:], skip_special_tokens=True)
-    return any(word in tail for word in stop)
+    if any(word in tail for word in stop):
+        return True
+    special = [word for word in stop if any(token in word for token in lm.tokenizer.all_special_tokens)]
+    return bool(special) and any(word in lm.tokenizer.decode(new[-reach:]) for word in special)

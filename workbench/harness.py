@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from workbench.likelihood.requests import Request, encode_texts, longest_input, prefix_token
+from workbench.likelihood.requests import Request, encode_requests, encode_texts, longest_input, prefix_token
 from workbench.likelihood.rolling import windows
 from workbench.likelihood.scoring import loglikelihoods
 from workbench.models import LM, ModelError
@@ -117,7 +117,16 @@ class _Answers:
         return self._scores([(context, continuation) for _, context, continuation in requests])
 
     def _scores(self, pairs: Sequence[Request]) -> list[tuple[float, bool]]:
-        scored = loglikelihoods(self.lm, pairs, self.interventions, batch_size=self.batch_size)
+        """What is longer than `max_length` loses tokens of its context; the very last token is never read."""
+        cut: list[Request] = []
+        for one in encode_requests(self.lm, pairs):
+            most = self.max_length + 1 - len(one.continuation)
+            if most < 1:
+                raise ModelError(
+                    f"A continuation of {len(one.continuation)} tokens is more than max_length={self.max_length}."
+                )
+            cut.append((one.context[-most:], one.continuation))
+        scored = loglikelihoods(self.lm, cut, self.interventions, batch_size=self.batch_size)
         return [(one.logprob, one.greedy) for one in scored]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:

@@ -25,7 +25,10 @@ from workbench.statistics import (
     wilson,
 )
 
-_EQUATION = re.compile(r"\d\s*[-+*/×÷]\s*\d+\s*=\s*-?\d")
+# two numbers, with decimals, currency, per cent and brackets, and what they make: "9 * 2 = $18", "2*(1.5+1)=5"
+_EQUATION = re.compile(
+    r"\d[)%]*\s*[-+*/×÷]\s*[($€£]*\d[\d.,]*[)%]*(?:\s*[-+*/×÷]\s*[($€£]*\d[\d.,]*[)%]*)*\s*=\s*[-$€£]*\d"
+)
 
 
 def shows_steps(text: str) -> bool:
@@ -33,6 +36,8 @@ def shows_steps(text: str) -> bool:
 
     >>> shows_steps("34+27=61. The answer is 61."), shows_steps("The answer is 61.")
     (True, False)
+    >>> shows_steps("He makes 9 * 2 = $18 every day."), shows_steps("2*1.5=3")
+    (True, True)
     """
     return _EQUATION.search(text) is not None
 
@@ -111,6 +116,7 @@ class Results:
         column of numbers, such as `score` or `tokens_out`.
         """
         first, second = self.column(a, of), self.column(b, of)
+        _check_paired(a, first, b, second)
         related = _clusters(self.rows[self.rows.condition == a])
         return paired_difference(first.tolist(), second.loc[first.index].tolist(), level, clusters=related)
 
@@ -161,8 +167,35 @@ class Results:
 
     def save(self, folder: Path) -> None:
         """Write rows.jsonl and costs.json; `load_results` reads them."""
-        write_atomic(folder / "rows.jsonl", self.rows.to_json(orient="records", lines=True, force_ascii=False))
-        write_atomic(folder / "costs.json", json.dumps({"costs": self.costs, "about": self.about}, indent=1))
+        lines = [json.dumps(_bare(row), ensure_ascii=False, default=str) for row in self.rows.to_dict("records")]
+        write_atomic(folder / "rows.jsonl", "".join(f"{line}\n" for line in lines))
+        about = {"costs": self.costs, "about": self.about}
+        write_atomic(folder / "costs.json", json.dumps(about, indent=1, default=str))
+
+
+def _bare(value: Any) -> Any:
+    """A cell as JSON: every digit of a number, and null for one that is unknown."""
+    if isinstance(value, dict):
+        return {str(name): _bare(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_bare(item) for item in value]
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _check_paired(a: str, first: pd.Series, b: str, second: pd.Series) -> None:
+    for name, side in ((a, first), (b, second)):
+        if not side.index.is_unique:
+            raise ValueError(
+                f"Condition {name!r} answers question {side.index[side.index.duplicated()][0]!r} more than once, and a "
+                "paired comparison needs one answer each. Average or choose first: read_results(..., repeats='first')."
+            )
+    if set(first.index) != set(second.index):
+        alone = [*first.index.difference(second.index)[:2], *second.index.difference(first.index)[:2]]
+        raise ValueError(
+            f"{a!r} and {b!r} do not answer the same questions ({len(first.index.intersection(second.index))} shared; "
+            f"alone stand for example {', '.join(map(str, alone))}). Join them: exchange.joined(..., shared_only=True)."
+        )
 
 
 def _mean(costs: pd.Series) -> float:
@@ -207,7 +240,10 @@ def load_results(folder: str | Path) -> Results:
         raise ValueError(
             f"{folder} holds no results (rows.jsonl is missing). Make them: wb.evaluate(..., out={str(folder)!r})."
         )
-    rows = pd.read_json(folder / "rows.jsonl", lines=True, dtype={"extracted": object, "id": str})
+    # pandas' own reader takes texts that look like numbers or dates for such
+    lines = (folder / "rows.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = pd.DataFrame([json.loads(line) for line in lines if line])
+    rows["id"] = rows.id.astype(str)
     rows["extracted"] = pd.Series([text if isinstance(text, str) else None for text in rows.extracted], dtype=object)
     stored = json.loads((folder / "costs.json").read_text())
     return Results(rows, stored["costs"], stored["about"])

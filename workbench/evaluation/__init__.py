@@ -8,21 +8,22 @@ Not covered: judging by a model or a person (`workbench.judging`).
 
 import json
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from workbench import __version__
 from workbench.evaluation.asking import Answer, Ask, Greedy, Solver, identity
-from workbench.evaluation.conditions import Condition, Plan, around, fingerprint
+from workbench.evaluation.conditions import Condition, Plan, around, fingerprint, planned
 from workbench.evaluation.cost import Cost, peak_memory
 from workbench.evaluation.judging import SECONDS, judge
 from workbench.evaluation.storing import Answered, chunk_file, joined, kept, store
 from workbench.files import content_key
-from workbench.interventions import Logits
+from workbench.interventions import Intervention, Logits
 from workbench.models import LM
 from workbench.results import Results, shows_steps
 from workbench.runs.heartbeats import heartbeat
@@ -61,31 +62,20 @@ def evaluate(
 
     Raises:
         ValueError: no conditions, or one that holds something else than interventions, one strategy and one solver.
-            ModelError: an intervention that doesn't fit the model. Both before anything is generated.
+            ModelError: an intervention that doesn't fit the model. Also what a strategy or a solver can't do with this
+            task. All before anything is generated.
     """
-    plans = [Plan.of(name, condition) for name, condition in conditions.items()]
-    if task.kind == "pair":  # has no question to generate behind
-        from workbench.solvers.likelihood import Likelihood
-
-        plans = [replace(plan, solver=Likelihood()) if isinstance(plan.solver, Greedy) else plan for plan in plans]
-    if not plans:
-        raise ValueError('No conditions to evaluate. Give at least one, for example {"plain": []}.')
-    for plan in plans:
-        identity(plan.solver)
-        if plan.change is not None:
-            plan.change.check(lm)
-    if task.kind == "code":
-        jail.required()  # before hours of generation, not after
+    plans = planned(task, conditions)
     rows = task.rows(split, n=n, seed=seed)
+    asks = [Ask(lm, task, rows, plan.strategy, plan.change, max_new_tokens, batch_size, seed) for plan in plans]
+    for ask, plan in zip(asks, plans, strict=True):
+        _check(ask, plan)
     folder = Path(out) if out is not None else None
     parts, costs = [], {}
-    for place, plan in enumerate(plans):
-        ask = Ask(lm, task, rows, plan.strategy, plan.change, max_new_tokens, batch_size, seed)
+    for place, (ask, plan) in enumerate(zip(asks, plans, strict=True)):
         tell = _teller(plan.name, place * len(rows), len(rows) * len(plans))
         answered = _answer(ask, plan, folder, verify_seconds, tell)
-        extracted = pd.Series([line["extracted"] for line in answered["rows"]], dtype=object)  # else None becomes nan
-        frame = pd.DataFrame(answered["rows"]).assign(extracted=extracted)
-        parts.append(frame.assign(condition=plan.name, task=task.name))
+        parts.append(_frame(answered["rows"]).assign(condition=plan.name, task=task.name))
         costs[plan.name] = answered["cost"]
     about = {"task": task.name, "parameters": task.parameters, "split": split, "seed": seed, "n": len(rows)}
     about |= {"model": lm.name, "revision": lm.revision, "reasons": lm.reasons, "max_new_tokens": max_new_tokens}
@@ -93,6 +83,24 @@ def evaluate(
     if folder is not None:
         results.save(folder)
     return results
+
+
+def _check(ask: Ask, plan: Plan) -> None:
+    """Raise what would stop a condition, before hours of the conditions in front of it and not after."""
+    identity(plan.solver)
+    if plan.change is not None:
+        plan.change.check(ask.lm)
+    if ask.task.kind == "code":
+        jail.required()
+    ask.prompt(0)  # a strategy whose examples the task has no solutions for
+    check = getattr(plan.solver, "check", None)
+    if check is not None:
+        check(ask)
+
+
+def _frame(lines: list[dict[str, Any]]) -> pd.DataFrame:
+    extracted = pd.Series([line["extracted"] for line in lines], dtype=object)  # else None becomes nan
+    return pd.DataFrame(lines).assign(extracted=extracted)
 
 
 def _answer(
@@ -103,6 +111,7 @@ def _answer(
     base: dict[str, Any] = {"lm": identity(ask.lm), "change": fingerprint(ask.change), "solver": identity(plan.solver)}
     base |= {"limit": ask.max_new_tokens, "batch": ask.batch_size, "seed": ask.seed, "kind": ask.task.kind}
     base |= {"strategy": identity(plan.strategy), "task": ask.task.name, "around": around(ask.lm)}
+    base |= {"verify_seconds": identity(float(verify_seconds)), "version": __version__}
     parts = []
     for number, start in enumerate(range(0, len(ask.rows), size)):
         alive = partial(tell, start, len(ask.rows))
@@ -126,10 +135,7 @@ def _run(ask: Ask, solver: Solver, prompts: list[str], verify_seconds: float) ->
         nonlocal calls
         calls += 1
 
-    parts = ask.change.parts if ask.change else ()
-    beside = [other for part in parts if isinstance(part, Logits) for other in part.others]
-    beside += [other for other in vars(solver).values() if isinstance(other, LM)]
-    watched = {id(model.blocks[0]): model.blocks[0] for model in (ask.lm, *beside)}
+    watched = {id(model.blocks[0]): model.blocks[0] for model in (ask.lm, *_models(ask.change), *_models(solver))}
     handles = [block.register_forward_hook(count) for block in watched.values()]
     began = time.perf_counter()
     try:
@@ -141,6 +147,20 @@ def _run(ask: Ask, solver: Solver, prompts: list[str], verify_seconds: float) ->
     seconds = time.perf_counter() - began
     lines = [_line(ask.task, *each, verify_seconds) for each in zip(ask.rows, prompts, found, ask.spent, strict=True)]
     return {"rows": lines, "cost": {"seconds": seconds, "peak_memory_mb": peak(), "model_calls": calls}}
+
+
+def _models(value: Any) -> Iterator[LM]:
+    """Every model that a change or a solver holds, at any depth."""
+    if isinstance(value, LM):
+        yield value
+    elif isinstance(value, Intervention):
+        yield from (other for part in value.parts if isinstance(part, Logits) for other in part.others)
+    elif isinstance(value, Mapping):
+        yield from (model for item in value.values() for model in _models(item))
+    elif isinstance(value, list | tuple):
+        yield from (model for item in value for model in _models(item))
+    elif is_dataclass(value) and not isinstance(value, type):
+        yield from (model for each in fields(value) for model in _models(getattr(value, each.name)))
 
 
 def _line(

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from workbench.divergence import PlainAnswers, TokenScores
-from workbench.evaluation.cost import Cost
+from workbench.evaluation.cost import Cost, companions
 from workbench.generate import Generation
 from workbench.interventions import Intervention
 from workbench.models import LM
@@ -42,7 +42,11 @@ class Answer:
 
 @runtime_checkable
 class Solver(Protocol):
-    """How questions are answered. Frozen dataclasses: their fields are what a saved result depends on."""
+    """How questions are answered. Frozen dataclasses: their fields are what a saved result depends on.
+
+    A solver may also have `check(ask)`, called before anything is generated, that raises ValueError for a task or a
+    strategy it can't go with.
+    """
 
     def solve(self, ask: "Ask") -> list[Answer]:
         """One answer a row of `ask.rows`, in order; rows must not depend on each other."""
@@ -95,20 +99,21 @@ class Ask:
     ) -> list[Generation]:
         """Continue prompts on behalf of questions: `rows[i]` is the place in `self.rows` that prompt i is asked for.
 
-        lm: another model, without the condition's change. draws: the number of each sample among its question's own,
-        which together with the question's id and the seed is its random stream; give every sample of a question a
-        number of its own, or two of them are the same. max_new_tokens: one for all or one a prompt. bias: nats added to
-        the logits of tokens, bias_temperature: of the decision for them (`decode.Decoding`).
+        lm: a model without the condition's change, even where it is the condition's own. draws: the number of each
+        sample among its question's own, which together with the question's id and the seed is its random stream; give
+        every sample of a question a number of its own, or two of them are the same. max_new_tokens: one for all or one
+        a prompt. bias: nats added to the logits of tokens, bias_temperature: of the decision for them
+        (`decode.Decoding`).
         """
         if not prompts:
             return []
-        model = lm or self.lm
+        model, change = (self.lm, self.change) if lm is None else (lm, None)
         numbers = draws if draws is not None else [0] * len(prompts)
         seeds = [stream(self.seed, str(self.rows[row]["id"]), draw) for row, draw in zip(rows, numbers, strict=True)]
         found = model.generate(
             prompts,
-            None if model is not self.lm else self.change,
-            max_new_tokens or self.max_new_tokens,
+            change,
+            self.max_new_tokens if max_new_tokens is None else max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             seed=seeds,
@@ -118,8 +123,10 @@ class Ask:
             bias_temperature=bias_temperature,
             progress=lambda done, total: self.pulse(),
         )
+        beside = companions(change)
         for row, one in zip(rows, found, strict=True):
-            self.spent[row].add(model, one.tokens_in, one.tokens_out, one.forward_passes, one.seconds, one.tokens_out)
+            counts = (one.tokens_in, one.tokens_out, one.forward_passes, one.seconds, one.tokens_out)
+            self.spent[row].add(model, *counts, beside)
         return found
 
     def score(
@@ -141,10 +148,29 @@ class Ask:
         began = time.perf_counter()
         found = PlainAnswers(model, starts, texts, self.batch_size).token_scores(change)
         seconds = (time.perf_counter() - began) / len(starts)
+        beside = companions(change)
+        passes = 1 + len(beside)
         for row, start, text in zip(rows, starts, texts, strict=True):
-            self.spent[row].add(model, len(start) + len(text), 0, 1, seconds, len(text))
+            self.spent[row].add(model, len(start) + len(text), 0, passes, seconds, len(text), beside)
         self.pulse()
         return found
+
+
+def begun(lm: LM, prompt: str, words: str) -> str:
+    """A prompt with the first words of its answer, behind a space where no chat template ends the prompt."""
+    space = "" if not words or prompt[-1:].isspace() or lm.tokenizer.chat_template else " "
+    return f"{prompt}{space}{words}"
+
+
+def following(lm: LM, prompt: str, word: str) -> list[int]:
+    """Token ids of a word as it follows a prompt: those that the two together have more than the prompt alone.
+
+    A tokenizer may write a word otherwise where it stands alone; where both run into one token, it does all the same.
+    """
+    head, whole = lm.encode(prompt), lm.encode(begun(lm, prompt, word))
+    if whole[: len(head)] == head and len(whole) > len(head):
+        return whole[len(head) :]
+    return lm.encode(begun(lm, prompt, word)[len(prompt) :])
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,42 @@
 """What a condition holds: changes of the model (summed), at most one prompt strategy, at most one solver."""
 
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from workbench.evaluation.asking import Greedy, Solver
-from workbench.files import sha256
+from workbench.files import content_key, sha256
 from workbench.interventions import Adapter, Intervention
 from workbench.interventions.session import ACTIVE
 from workbench.models import LM
 from workbench.prompts import Strategy
+from workbench.tasks import Task
 
 Condition = Intervention | Strategy | Solver | Sequence[Intervention | Strategy | Solver]
+
+
+def planned(task: Task, conditions: Mapping[str, Condition]) -> list["Plan"]:
+    """All conditions sorted out; of pairs of sentences, which no text is generated behind, by `solvers.Likelihood`.
+
+    Raises ValueError for no conditions, and for what a condition can't hold or can't answer.
+    """
+    plans = [Plan.of(name, condition) for name, condition in conditions.items()]
+    if not plans:
+        raise ValueError('No conditions to evaluate. Give at least one, for example {"plain": []}.')
+    if task.kind == "pair":
+        from workbench.solvers.likelihood import Likelihood
+
+        plans = [replace(plan, solver=Likelihood()) if isinstance(plan.solver, Greedy) else plan for plan in plans]
+        wrong = next((plan for plan in plans if not isinstance(plan.solver, Likelihood)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"Condition {wrong.name!r} answers by {type(wrong.solver).__name__}, and the pairs of sentences of "
+                f"task {task.name!r} ask nothing that a text could answer. Give it solvers.Likelihood(), or no solver."
+            )
+    return plans
 
 
 @dataclass(frozen=True)
@@ -60,6 +83,14 @@ def around(lm: LM) -> list[str]:
     return [fingerprint(row) for row in stack[-1].rows] if stack else []
 
 
+def _settings(part: Adapter) -> str:
+    """A hash of what an adapter's settings make of its weights (alpha, rank), wherever its model lies."""
+    held = json.loads((part.path / "adapter_config.json").read_text(encoding="utf-8"))
+    held = {name: value for name, value in held.items() if name not in ("base_model_name_or_path", "revision")}
+    # peft writes sets as lists, in any order
+    return content_key(**{name: sorted(map(str, v)) if isinstance(v, list) else v for name, v in held.items()})
+
+
 def fingerprint(change: Intervention | None) -> str:
     """A hash of what an intervention does: its numbers, and for adapters the weights that their path leads to."""
     if change is None:
@@ -67,7 +98,7 @@ def fingerprint(change: Intervention | None) -> str:
     hashes = []
     for part in change.parts:
         if isinstance(part, Adapter):
-            hashes.append(f"{part.strength}/{sha256(part.path / 'adapter_model.safetensors')}")
+            hashes.append(f"{part.strength}/{sha256(part.path / 'adapter_model.safetensors')}/{_settings(part)}")
         else:
             with tempfile.TemporaryDirectory() as folder:
                 bare = replace(part)  # type: ignore[type-var]  # leaves the record of a calibration behind

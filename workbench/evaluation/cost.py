@@ -4,11 +4,12 @@ Operations are those of the row computed alone, a multiplication and an addition
 a token passes through (embeddings looked up are free, the language-model head counts where logits are needed), and
 4 x heads x head size for every earlier token that a token attends to, in every layer. This is the forward part of
 Kaplan et al. 2020 (arXiv 2001.08361, table 1) with the attention term summed over positions. Work that rows of a batch
-share (common prefixes) is not taken off: that shows in the seconds. Not covered: training (`finetuning.memory`).
+share (common prefixes) is not taken off: that shows in the seconds. Models that an intervention on logits asks beside
+the own one count like it. Not covered: training (`finetuning.memory`).
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,10 @@ from weakref import WeakKeyDictionary
 import psutil
 import torch
 
+from workbench.interventions import Intervention, Logits
 from workbench.models import LM
 
-__all__ = ["Cost", "forward_flops", "peak_memory"]
+__all__ = ["Cost", "companions", "forward_flops", "peak_memory"]
 
 
 @dataclass
@@ -33,14 +35,35 @@ class Cost:
     seconds: float = 0.0
     flops: float = 0.0
 
-    def add(self, lm: LM, tokens_in: int, tokens_out: int, forward_passes: int, seconds: float, logits: int) -> None:
-        """Count one call; `logits` is the number of positions whose next-token logits were needed."""
+    def add(
+        self,
+        lm: LM,
+        tokens_in: int,
+        tokens_out: int,
+        forward_passes: int,
+        seconds: float,
+        logits: int,
+        beside: Sequence[LM] = (),
+    ) -> None:
+        """Count one call; `logits` is the number of positions whose next-token logits were needed.
+
+        Where there are any, the last token is predicted and never read. beside: models that read the same tokens
+        (`companions`), which add operations.
+        """
         self.calls += 1
         self.tokens_in += tokens_in
         self.tokens_out += tokens_out
         self.forward_passes += forward_passes
         self.seconds += seconds
-        self.flops += forward_flops(lm, tokens_in + max(tokens_out - 1, 0), logits)
+        read = tokens_in + tokens_out - bool(logits)
+        self.flops += sum(forward_flops(model, read, logits) for model in (lm, *beside))
+
+
+def companions(change: Intervention | None) -> list[LM]:
+    """The other models that an intervention on logits asks at every token, each once."""
+    parts = change.parts if change is not None else ()
+    found = [other for part in parts if isinstance(part, Logits) and part.strength for other in part.others]
+    return list({id(other.model): other for other in found}.values())
 
 
 def forward_flops(lm: LM, tokens: int, logits: int) -> float:

@@ -199,7 +199,8 @@ def _table(
 
 def _interval(values: list[float], rows: pd.DataFrame, level: float) -> Interval:
     """Bootstrap over questions or clusters; Wilson's limits where all are 0 or all are 1, which has no spread."""
-    clusters = rows["cluster"].tolist() if "cluster" in rows and rows["cluster"].notna().all() else None
+    given = "cluster" in rows and rows["cluster"].notna().all() and rows["cluster"].nunique() > 1  # as in `Results`
+    clusters = rows["cluster"].tolist() if given else None
     if set(values) in ({0.0}, {1.0}):
         count = len(values) if clusters is None else len(set(clusters))
         sure = wilson(int(values[0]) * count, count, level)

@@ -51,12 +51,15 @@ def assembled(
 
     repeats: what to do where a condition answers a question several times: 'refuse' (the default of all readers),
     'first', 'majority' (right when more than half are; the first such answer stands) or 'keep' (an `epoch` column).
+    Lines that are equal in everything are dropped and counted by the first two, and are answers of their own to the
+    other two.
     """
     if repeats not in get_args(Repeats):
         raise ValueError(f"repeats={repeats!r} is not known. Use one of: {', '.join(get_args(Repeats))}.")
     if not lines:
         raise ValueError(f"{source} holds no answers. Give a file with one row an answered question.")
-    unique, copies = _without_copies(lines)
+    # where repeats count, equal answers are votes and not a file joined twice
+    unique, copies = (list(lines), 0) if repeats in ("majority", "keep") else _without_copies(lines)
     kept = _one_a_question(unique, repeats, source)
     missing = [name for name in COLUMNS if not any(name in line for line in kept)]
     rows = []

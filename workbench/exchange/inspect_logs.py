@@ -29,6 +29,12 @@ NAMED = (
 )  # fmt: skip
 
 
+MEANT = (
+    *NAMED, "steps", "unparsed", "hung", "score", "calls", "forward_passes", "flops", "cluster", "samples",
+    "solve_rate",
+)  # fmt: skip
+
+
 def to_inspect(results: Results, folder: str | Path, *, created: datetime | None = None) -> list[Path]:
     """Write one log a condition into `folder` and return their paths; `inspect view --log-dir FOLDER` shows them.
 
@@ -127,7 +133,7 @@ def _usage(model: str, read: float, written: float) -> dict[str, dict[str, int]]
 
 def _generation(about: dict[str, Any]) -> dict[str, Any]:
     limit = about.get("max_new_tokens")
-    return {"temperature": 0.0, "max_tokens": limit} if isinstance(limit, int) else {}
+    return {"max_tokens": limit} if isinstance(limit, int) else {}  # the temperature is the solver's, not in Results
 
 
 def _version() -> str:
@@ -172,14 +178,15 @@ def read_inspect(
     scorer = pick(names, names, score, "right or wrong", str(path))
     told = spec.get("metadata") or {}
     who = condition or told.get("condition") or str(spec["model"])
-    lines = [_read_sample(sample, who, scorer, str(path), threshold) for sample in samples]
+    own = "workbench" in told
+    lines = [_read_sample(sample, who, scorer, str(path), threshold, own) for sample in samples]
     cost = told.get("cost") or _seconds(log.get("stats") or {})
     cost = {name: math.nan if value is None else value for name, value in cost.items()}
     about = {"score": scorer, "model": spec["model"], **(told.get("workbench") or {})}
     return assembled(lines, repeats, str(path), str(spec["task"]), {who: cost}, about)
 
 
-def _read_sample(sample: dict[str, Any], who: str, scorer: str, path: str, threshold: float | None) -> Line:
+def _read_sample(sample: dict[str, Any], who: str, scorer: str, path: str, threshold: float | None, own: bool) -> Line:
     where = f"{path}, sample {sample['id']!r}"
     given = (sample.get("scores") or {}).get(scorer)
     if given is None:
@@ -191,8 +198,11 @@ def _read_sample(sample: dict[str, Any], who: str, scorer: str, path: str, thres
     prompt = input_ if isinstance(input_, str) else "\n\n".join(_text(turn["content"]) for turn in input_)
     target = sample.get("target", "")
     seconds = sample.get("working_time", sample.get("total_time"))
+    metadata = sample.get("metadata") or {}
+    if not own:  # another tool's "steps" or "score" is not the column of that name here
+        metadata = {name: value for name, value in metadata.items() if name not in MEANT}
     line: Line = {
-        **(sample.get("metadata") or {}), "id": str(sample["id"]), "condition": who, "prompt": prompt, "output": text,
+        **metadata, "id": str(sample["id"]), "condition": who, "prompt": prompt, "output": text,
         "answer": target if isinstance(target, str) else json.dumps(target), "extracted": given.get("answer"),
         "correct": as_right(given["value"], where, threshold), "seconds": seconds, "epoch": sample.get("epoch", 1),
     }  # fmt: skip

@@ -30,6 +30,7 @@ from workbench.judging.replies import (
 )
 from workbench.results import Results
 from workbench.statistics import Comparison, bootstrap_mean, paired_difference
+from workbench.tasks.answers import final_text
 
 if TYPE_CHECKING:
     from workbench.interventions import Intervention
@@ -126,7 +127,10 @@ def grade_answers(
 def _ask(lm: Any, by: str, change: Any, limit: int, grades: Sequence[int], jobs: list[Job]) -> list[dict[str, Any]]:
     prompts = [job["prompt"] for job in jobs]
     if by == "text":
-        return [{**reply, "grade": read_grade(reply["text"], grades)} for reply in by_text(lm, prompts, change, limit)]
+        return [
+            {**reply, "grade": read_grade(final_text(reply["text"]), grades)}
+            for reply in by_text(lm, prompts, change, limit)
+        ]
     answered = []
     for reply in by_letters(lm, prompts, change, [str(grade) for grade in grades]):
         top = best(reply["scores"])

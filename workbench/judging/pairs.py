@@ -23,6 +23,7 @@ from workbench.judging.questions import Duel, duels
 from workbench.judging.replies import best, by_letters, by_text, check_judge, identity, read_choice, without_special
 from workbench.results import Results
 from workbench.statistics import Interval, bootstrap_mean, wilson
+from workbench.tasks.answers import final_text
 
 if TYPE_CHECKING:
     from workbench.interventions import Intervention
@@ -199,7 +200,9 @@ def share(values: list[float], clusters: Sequence[str]) -> Interval:
 def _ask(lm: Any, by: str, change: Any, limit: int, letters: tuple[str, str], jobs: list[Job]) -> list[dict[str, Any]]:
     prompts = [job["prompt"] for job in jobs]
     if by == "text":
-        return [{**reply, "said": read_choice(reply["text"])} for reply in by_text(lm, prompts, change, limit)]
+        return [
+            {**reply, "said": read_choice(final_text(reply["text"]))} for reply in by_text(lm, prompts, change, limit)
+        ]
     meant = dict(zip(letters, ("A", "B"), strict=True))
     replies = by_letters(lm, prompts, change, letters)
     return [{**reply, "said": meant.get(best(reply["scores"]) or "", "tie")} for reply in replies]

@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 
 BATCH = 16  # prompts of one scoring forward
 _MARKED = (
-    r"\[\[\s*(A|B|C|tie)\s*\]\]",
-    r"(?:answer|verdict|winner|choice|better)\s*(?:is|:)?\s*\**\(?(A|B|tie)\)?\b",
+    r"\[\[\s*((?i:A|B|C|tie))\s*\]\]",
+    # "verdict: B", "the better answer is **Answer B**"; a small a is an article, but for at the end of a line
+    r"(?im:(?:answer|verdict|winner|choice|better(?: one)?)[*_]*\s*(?:\bis|:)\s*[*_\s]*(?:answer\s+)?\(?)"
+    r"((?i:tie)|[AB]|(?m:[ab](?=\W*$)))(?![\w'’])",
 )
-_GRADE = (r"\[\[\s*(\d+)\s*\]\]", r"(?:score|grade|rating)\s*(?:is|:|=)?\s*\**(\d+)\b", r"\b(\d+)\s*/\s*\d+\b")
+_WHOLE = r"(?<![\d.,])(\d+)(?![\d.,]*\d)"  # no part of 4.5
+_GRADE = (
+    rf"\[\[\s*{_WHOLE}\s*\]\]()",
+    rf"(?:score|grade|rating)[*_]*\s*(?:is|:|=)?\s*[*_]*{_WHOLE}(?:\s*/\s*(\d+))?",
+    rf"{_WHOLE}\s*/\s*(\d+)",
+)
 
 
 def read_choice(text: str) -> str | None:
@@ -29,9 +36,11 @@ def read_choice(text: str) -> str | None:
 
     >>> [read_choice(text) for text in ("B", "[[A]]", "A is longer, but the verdict: B", "A or B?", "tie.", "")]
     ['B', 'A', 'B', None, 'tie', None]
+    >>> read_choice("Answer B is better than answer A."), read_choice("The answer is a matter of taste: B")
+    (None, 'B')
     """
     for pattern in _MARKED:
-        if marked := re.findall(pattern, text, re.IGNORECASE):
+        if marked := re.findall(pattern, text):
             return {"A": "A", "B": "B"}.get(marked[-1].upper(), "tie")
     named = set(re.findall(r"\b(A|B)\b(?!')", text)) | {word.lower() for word in re.findall(r"(?i)\b(tie)\b", text)}
     bare = re.fullmatch(r"\W*(?:answer\s+)?([AB]|tie)\W*", text, re.IGNORECASE)
@@ -43,38 +52,64 @@ def read_choice(text: str) -> str | None:
 def read_grade(text: str, scale: Sequence[int]) -> int | None:
     """The last marked grade of a reply, or the only number in it, if it is on the scale; else None.
 
+    A grade out of something counts where that is the end of the scale, a broken number never.
+
     >>> [read_grade(text, range(1, 6)) for text in ("4", "Score: 2", "3/5", "7", "1 or 2", "[[5]] of 9")]
     [4, 2, 3, None, None, 5]
+    >>> [read_grade(text, range(1, 6)) for text in ("4.5/5", "Score: 4.5", "4/10", "4 / 5")]
+    [None, None, None, 4]
     """
     for pattern in _GRADE:
         if marked := re.findall(pattern, text, re.IGNORECASE):
-            return int(marked[-1]) if int(marked[-1]) in scale else None
-    numbers = set(re.findall(r"(?<![\d.])\d+(?![\d.]*\d)", text))
-    return int(numbers.pop()) if len(numbers) == 1 and int(min(numbers)) in scale else None
+            grade, most = marked[-1]
+            return int(grade) if int(grade) in scale and most in ("", str(max(scale))) else None
+    numbers = set(re.findall(r"\d+(?:[.,]\d+)*", text))
+    return int(min(numbers)) if len(numbers) == 1 and min(numbers) in map(str, scale) else None
 
 
 def by_text(
     lm: "LM | Served", prompts: Sequence[Any], change: "Intervention | None", max_new_tokens: int
 ) -> list[dict[str, Any]]:
-    """Greedy replies: text, tokens_in, tokens_out. A served model takes no interventions (refused by the caller)."""
+    """Greedy replies: text, tokens_in, tokens_out. A served model takes no interventions (refused by the caller).
+
+    The text begins with the thinking block, where the model's template opens one.
+    """
+    from workbench.models import LM
+    from workbench.tasks.answers import reopened
+
     extra: dict[str, Any] = {} if change is None else {"interventions": change}
-    found = lm.generate(list(prompts), max_new_tokens=max_new_tokens, **extra)
-    return [{"text": reply.text, "tokens_in": reply.tokens_in, "tokens_out": reply.tokens_out} for reply in found]
+    asked = [lm.render(prompt) for prompt in prompts] if isinstance(lm, LM) else list(prompts)
+    found = lm.generate(asked, max_new_tokens=max_new_tokens, **extra)
+    return [
+        {
+            "text": reopened(prompt, reply.text) if isinstance(prompt, str) else reply.text,
+            "tokens_in": reply.tokens_in,
+            "tokens_out": reply.tokens_out,
+        }
+        for prompt, reply in zip(asked, found, strict=True)
+    ]
 
 
 def by_letters(
     lm: "LM", prompts: Sequence[Any], change: "Intervention | None", words: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """scores: natural log of the probability of each word right after the prompt, summed over its tokens."""
+    """scores: natural log of the probability of each word after the prompt, summed over its tokens.
+
+    Behind a prompt that no chat template ended a word stands after a space, as the model would write it.
+    """
     from contextlib import nullcontext
 
     import torch
 
+    from workbench.evaluation.asking import following
     from workbench.interventions.trained import Answered, log_likelihood
 
     heads = [lm.encode(prompt) for prompt in prompts]
-    tails = [lm.tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    rows = [Answered(head, tail) for head in heads for tail in tails]
+    rows = [
+        Answered(head, following(lm, lm.render(prompt), word))
+        for prompt, head in zip(prompts, heads, strict=True)
+        for word in words
+    ]
     order = sorted(range(len(rows)), key=lambda number: len(rows[number].prompt))
     scores = [0.0] * len(rows)
     while order:
@@ -134,10 +169,16 @@ def check_judge(lm: Any, by: str, change: Any) -> None:
 def identity(lm: Any, change: Any) -> dict[str, Any]:
     """What a judge's verdicts depend on, apart from its prompts: plain data for the settings of a file."""
     from workbench.evaluation import fingerprint
+    from workbench.evaluation.conditions import around
+    from workbench.models import LM
 
     # the change is hashed once more: sums of several parts would make a long line
     changed = "none" if change is None else content_key(change=fingerprint(change))[:12]
-    return {"judge": lm.name, "revision": lm.revision, "interventions": changed}
+    found = {"judge": lm.name, "revision": lm.revision, "interventions": changed}
+    if isinstance(lm, LM):  # a server tells neither
+        found["precision"] = [lm.reasons.get("quantization", ""), str(lm.model.dtype)]
+        found["around"] = content_key(applied=around(lm))[:12]
+    return found
 
 
 def without_special(lm: Any, text: str) -> str:

@@ -55,7 +55,7 @@ class BestOf:
             )
 
     def solve(self, ask: Ask) -> list[Answer]:
-        """See `Solver`. Facts: `score` of the answer, and `scores` of all samples in the order drawn."""
+        """See `Solver`. Facts: `chosen_score` of the answer, and `scores` of all samples in the order drawn."""
         drawn = draw(ask, self.n, self.temperature, self.top_p)
         first = {(place, one.text): one for place, each in enumerate(drawn) for one in reversed(each)}
         found = self._scores(ask, [place for place, _ in first], list(first.values()))
@@ -66,7 +66,7 @@ class BestOf:
             best = max(range(self.n), key=lambda number: scores[number])
             if self.vote:
                 best = elected([judge(ask.task, ask.rows[place], one.text)[0].extracted for one in each], scores)
-            facts = {"score": scores[best], "scores": scores}
+            facts = {"chosen_score": scores[best], "scores": scores}
             answers.append(Answer(each[best].text, samples=tuple(one.text for one in each), facts=facts))
         return answers
 

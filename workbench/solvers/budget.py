@@ -7,12 +7,14 @@ model has that token, else at 'The answer is'. Not covered: models whose end of 
 decoding leaves out, and training for a length.
 """
 
+import math
 import re
 from bisect import bisect_left
 from dataclasses import dataclass
 
 from workbench.evaluation.asking import Answer, Ask
 from workbench.models import LM
+from workbench.tasks.answers import reopened
 
 __all__ = ["Budget", "StopBias", "ending"]
 
@@ -99,7 +101,10 @@ class Budget:
         for row, one in zip(open, found, strict=True):
             chains[row].ids = chains[row].ids + one.token_ids
         pairs = zip(chains, facts, strict=True)
-        return [Answer(chain.text(lm), facts=fact | {"forced": chain.forced}) for chain, fact in pairs]
+        return [
+            Answer(reopened(chain.prompt, chain.text(lm)), facts=fact | {"forced": chain.forced})
+            for chain, fact in pairs
+        ]
 
     def _think(self, ask: Ask, chains: list[_Chain], end: str, limit: int) -> None:
         """Thinking up to its end or the limit, made longer where it was too short.
@@ -142,13 +147,21 @@ class StopBias:
     ends: tuple[str, ...] = ()
     decision: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not (self.temperature >= 0 and 0 < self.decision < math.inf and math.isfinite(self.bias)):
+            raise ValueError(
+                f"bias={self.bias}, decision={self.decision}, temperature={self.temperature}: give a finite bias, a "
+                "finite decision above 0, and a temperature from 0."
+            )
+
     def solve(self, ask: Ask) -> list[Answer]:
         """See `evaluation.Solver`."""
         rows = range(len(ask.rows))
         bias = {first_token(ask.lm, end): self.bias for end in self.ends or (ending(ask.lm),)}
         prompts = [ask.prompt(row) for row in rows]
         found = ask.generate(prompts, rows, temperature=self.temperature, bias=bias, bias_temperature=self.decision)
-        return [Answer(one.text, facts={"finished": one.finished}) for one in found]
+        texts = [reopened(*each) for each in zip(prompts, (one.text for one in found), strict=True)]
+        return [Answer(text, facts={"finished": one.finished}) for text, one in zip(texts, found, strict=True)]
 
 
 def first_token(lm: LM, words: str) -> int:

@@ -14,9 +14,11 @@ import numpy as np
 from workbench.divergence import TokenScores
 from workbench.evaluation.asking import Answer, Ask
 from workbench.evaluation.judging import judge
+from workbench.evaluation.stored import ballot
 from workbench.generate import Generation
 from workbench.models import LM
 from workbench.results import Results
+from workbench.tasks.answers import reopened
 
 __all__ = ["Choice", "DraftVerify", "HandOver", "choose_threshold"]
 
@@ -29,9 +31,10 @@ class HandOver:
 
     measure: 'entropy' of the next token in nats, 'margin' (1 minus how far the likeliest token is ahead), 'probability'
     (minus the log-probability, in nats), each over the tokens of the answer ('mean' or 'max' by `over`), or
-    'disagreement', the share of `samples` at `temperature` that end in another answer than the greedy one. Reading the
-    first three costs the small model a second forward over its answer, which is counted; a loop of its own could save
-    it. Facts: doubt, handed_over; the draft is the row's sample. threshold: infinity hands over nothing.
+    'disagreement', the share of `samples` at `temperature` that end in another answer than the greedy one (or in none:
+    a draft without an answer is agreed to by nobody; equal numbers are one answer). Reading the first three costs the
+    small model a second forward over its answer, which is counted; a loop of its own could save it. Facts: doubt,
+    handed_over; the draft is the row's sample. threshold: infinity hands over nothing.
     """
 
     small: LM
@@ -47,28 +50,32 @@ class HandOver:
                 f"measure={self.measure!r}, over={self.over!r}, samples={self.samples}: measure is one of "
                 f"{', '.join(MEASURES)}, over is 'mean' or 'max', samples is 1 or more."
             )
+        if self.measure == "disagreement" and not self.temperature > 0:
+            raise ValueError(
+                f"temperature={self.temperature}: samples would all be the greedy answer, and none would disagree. "
+                "Give temperature=0.7."
+            )
 
     def solve(self, ask: Ask) -> list[Answer]:
         """See `evaluation.Solver`."""
-        drafts = _drafted(ask, self.small)
+        prompts, drafts = _drafted(ask, self.small)
+        told = _told(prompts, drafts)
         if self.measure == "disagreement":
-            doubts = self._disagreement(ask, drafts)
+            doubts = self._disagreement(ask, prompts, told)
         else:
-            prompts = [self.small.render(ask.messages(row)) for row in range(len(ask.rows))]
             texts = [draft.token_ids for draft in drafts]
             scores = ask.score(prompts, texts, range(len(ask.rows)), by=(self.small, None))
             doubts = [_doubt(each, self.measure, self.over) for each in scores]
-        return _answered(ask, drafts, doubts, self.threshold)
+        return _answered(ask, told, doubts, self.threshold)
 
-    def _disagreement(self, ask: Ask, drafts: list[Generation]) -> list[float]:
+    def _disagreement(self, ask: Ask, prompts: list[str], drafts: list[str]) -> list[float]:
         rows = [row for row in range(len(ask.rows)) for _ in range(self.samples)]
         draws = [1 + draw for _ in drafts for draw in range(self.samples)]
-        prompts = [ask.messages(row) for row in rows]
-        found = ask.generate(prompts, rows, lm=self.small, temperature=self.temperature, draws=draws)
-        greedy = [_extracted(ask, row, draft.text) for row, draft in enumerate(drafts)]
-        apart = Counter(
-            row for row, one in zip(rows, found, strict=True) if _extracted(ask, row, one.text) != greedy[row]
-        )
+        asked = [prompts[row] for row in rows]
+        found = ask.generate(asked, rows, lm=self.small, temperature=self.temperature, draws=draws)
+        greedy = [_ballot(ask, row, draft) for row, draft in enumerate(drafts)]
+        votes = [_ballot(ask, row, text) for row, text in zip(rows, _told(asked, found), strict=True)]
+        apart = Counter(row for row, vote in zip(rows, votes, strict=True) if vote is None or vote != greedy[row])
         return [apart[row] / self.samples for row in range(len(drafts))]
 
 
@@ -85,20 +92,29 @@ class DraftVerify:
 
     def solve(self, ask: Ask) -> list[Answer]:
         """See `evaluation.Solver`."""
-        drafts, rows = _drafted(ask, self.draft), range(len(ask.rows))
+        prompts, drafts = _drafted(ask, self.draft)
+        rows = range(len(ask.rows))
         alike = self.draft.tokenizer.get_vocab() == ask.lm.tokenizer.get_vocab()
         texts = [draft.token_ids if alike else ask.lm.encode(draft.text or " ") for draft in drafts]
         scores = ask.score([ask.prompt(row) for row in rows], texts, rows)
-        return _answered(ask, drafts, [_doubt(each, "probability", "mean") for each in scores], self.threshold)
+        doubts = [_doubt(each, "probability", "mean") for each in scores]
+        return _answered(ask, _told(prompts, drafts), doubts, self.threshold)
 
 
-def _drafted(ask: Ask, small: LM) -> list[Generation]:
-    rows = range(len(ask.rows))
-    return ask.generate([ask.messages(row) for row in rows], rows, lm=small)
+def _drafted(ask: Ask, small: LM) -> tuple[list[str], list[Generation]]:
+    """The small model's prompts and its answers to them."""
+    prompts = [small.render(ask.messages(row)) for row in range(len(ask.rows))]
+    return prompts, ask.generate(prompts, range(len(prompts)), lm=small)
 
 
-def _extracted(ask: Ask, row: int, text: str) -> str | None:
-    return judge(ask.task, ask.rows[row], text)[0].extracted
+def _told(prompts: list[str], found: list[Generation]) -> list[str]:
+    """Answers as the task judges them."""
+    return [reopened(prompt, one.text) for prompt, one in zip(prompts, found, strict=True)]
+
+
+def _ballot(ask: Ask, row: int, text: str) -> str | None:
+    extracted = judge(ask.task, ask.rows[row], text)[0].extracted
+    return None if extracted is None else ballot(extracted)
 
 
 def _doubt(scores: TokenScores, measure: str, over: str) -> float:
@@ -106,14 +122,15 @@ def _doubt(scores: TokenScores, measure: str, over: str) -> float:
     return round(float(tokens.max() if over == "max" else tokens.mean()), 6)
 
 
-def _answered(ask: Ask, drafts: list[Generation], doubts: list[float], threshold: float) -> list[Answer]:
+def _answered(ask: Ask, drafts: list[str], doubts: list[float], threshold: float) -> list[Answer]:
     """The large model's answer where the doubt is above the threshold, else the draft."""
     over = [row for row, doubt in enumerate(doubts) if doubt > threshold]
-    large = dict(zip(over, ask.generate([ask.prompt(row) for row in over], over), strict=True))
+    prompts = [ask.prompt(row) for row in over]
+    large = dict(zip(over, _told(prompts, ask.generate(prompts, over)), strict=True))
     answers = []
     for row, (draft, doubt) in enumerate(zip(drafts, doubts, strict=True)):
         facts = {"doubt": doubt, "handed_over": row in large}
-        answers.append(Answer(large.get(row, draft).text, samples=(draft.text,), facts=facts))
+        answers.append(Answer(large.get(row, draft), samples=(draft,), facts=facts))
     return answers
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from workbench.evaluation.asking import Answer, Ask
 from workbench.evaluation.judging import judge
+from workbench.prompts import Message
+from workbench.tasks.answers import final_text, reopened
 
 __all__ = ["Correct"]
 
@@ -32,29 +34,29 @@ class Correct:
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.rounds < 0 or self.verifier not in (None, "exact"):
+        if self.rounds < 0 or self.temperature < 0 or self.verifier not in (None, "exact"):
             raise ValueError(
-                f"rounds={self.rounds}, verifier={self.verifier!r}: rounds is 0 or more, verifier is None or 'exact'."
+                f"rounds={self.rounds}, verifier={self.verifier!r}, temperature={self.temperature}: rounds and "
+                "temperature are 0 or more, verifier is None or 'exact'."
             )
 
     def solve(self, ask: Ask) -> list[Answer]:
         """See `evaluation.Solver`."""
         rows = range(len(ask.rows))
         chats = [ask.messages(row) for row in rows]
-        texts = [one.text for one in ask.generate(chats, rows)]
+        texts = _said(ask, chats, list(rows), 0.0, 0)
         first, asked = list(texts), [0] * len(texts)
         words = self.words or (REVIEW if self.verifier is None else WRONG)
         verdicts = before = [judge(ask.task, row, text)[0] for row, text in zip(ask.rows, texts, strict=True)]
         for number in range(1, self.rounds + 1):
             open = [row for row in rows if self.verifier is None or not verdicts[row].correct]
             for row in open:
-                said = {"role": "assistant", "content": texts[row]}
+                said = {"role": "assistant", "content": final_text(texts[row])}  # this turn alone, without thoughts
                 chats[row] = [*chats[row], said, {"role": "user", "content": words}]
                 asked[row] = number
-            draws = [number] * len(open)
-            found = ask.generate([chats[row] for row in open], open, temperature=self.temperature, draws=draws)
-            for row, one in zip(open, found, strict=True):
-                texts[row] = one.text
+            found = _said(ask, [chats[row] for row in open], open, self.temperature, number)
+            for row, text in zip(open, found, strict=True):
+                texts[row] = text
             verdicts = [judge(ask.task, row, text)[0] for row, text in zip(ask.rows, texts, strict=True)]
         answers = []
         for row, (old, new) in enumerate(zip(before, verdicts, strict=True)):
@@ -63,3 +65,10 @@ class Correct:
             facts |= {"wrong_to_right": new.correct and not old.correct}
             answers.append(Answer(texts[row], samples=(first[row],), facts=facts))
         return answers
+
+
+def _said(ask: Ask, chats: list[list[Message]], rows: list[int], temperature: float, number: int) -> list[str]:
+    """Answers to chats, with the thinking block that a prompt opened."""
+    prompts = [ask.lm.render(chat) for chat in chats]
+    found = ask.generate(prompts, rows, temperature=temperature, draws=[number] * len(rows))
+    return [reopened(prompt, one.text) for prompt, one in zip(prompts, found, strict=True)]

@@ -10,12 +10,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from workbench.evaluation.asking import Answer, Ask
+from workbench.evaluation.asking import Answer, Ask, begun
+from workbench.evaluation.cost import companions
 from workbench.likelihood import Choice, Pair, Scored, minimal_pairs, multiple_choice, option_texts
 from workbench.likelihood.choices import STYLES, UNCONDITIONAL, bare_question, gold_place, is_lettered
 from workbench.likelihood.normalising import check_normalisation
 from workbench.models import ModelError
 from workbench.tasks import Task, Verdict
+from workbench.tasks.answers import reopened
 
 Row = dict[str, Any]
 Answered = list[tuple[Answer, tuple[Scored, ...]]]
@@ -48,23 +50,30 @@ class Likelihood:
         if self.style not in STYLES:
             raise ModelError(f"style={self.style!r} is unknown. Allowed: {', '.join(STYLES)}.")
 
-    def solve(self, ask: Ask) -> list[Answer]:
-        """See `Solver`."""
-        began = time.perf_counter()
-        found = self._pairs(ask) if ask.task.kind == "pair" else self._choices(ask)
-        seconds = time.perf_counter() - began
-        total = sum(len(scored) for _, scored in found)
-        for place, (_, scored) in enumerate(found):
-            for one in scored:
-                ask.spent[place].add(ask.lm, one.context_tokens + one.tokens, 0, 1, seconds / total, one.tokens)
-        return [answer for answer, _ in found]
-
-    def _pairs(self, ask: Ask) -> Answered:
-        if ask.strategy is not None:
+    def check(self, ask: Ask) -> None:
+        """Raise ModelError for a task without options or pairs, and for a strategy beside pairs."""
+        if ask.task.kind != "pair":
+            option_texts(ask.rows[0])
+        elif ask.strategy is not None:
             raise ModelError(
                 f"The strategy {ask.strategy.name!r} prompts, and the sentences of task {ask.task.name!r} stand alone. "
                 "Leave it out of the condition."
             )
+
+    def solve(self, ask: Ask) -> list[Answer]:
+        """See `Solver`."""
+        self.check(ask)
+        began = time.perf_counter()
+        found = self._pairs(ask) if ask.task.kind == "pair" else self._choices(ask)
+        seconds = time.perf_counter() - began
+        total, beside = sum(len(scored) for _, scored in found), companions(ask.change)
+        for place, (_, scored) in enumerate(found):
+            for one in scored:
+                read = one.context_tokens + one.tokens
+                ask.spent[place].add(ask.lm, read, 0, 1 + len(beside), seconds / total, one.tokens, beside)
+        return [answer for answer, _ in found]
+
+    def _pairs(self, ask: Ask) -> Answered:
         found = minimal_pairs(
             ask.lm, ask.rows, ask.change, normalisation=self.normalisation, batch_size=ask.batch_size,
             progress=lambda done, total: ask.pulse(),
@@ -76,7 +85,10 @@ class Likelihood:
 
         def context(row: Mapping[str, Any]) -> str:
             asked = _bare(row) if self.style == "text" else dict(row)
-            return ask.lm.render(task.messages(asked, ask.strategy)) + self.lead
+            prompt = ask.lm.render(task.messages(asked, ask.strategy))
+            if tag := reopened(prompt, "").strip():  # a template that opens the thoughts: the answer stands behind them
+                prompt += f"{tag.replace('<', '</')}\n\n"
+            return begun(ask.lm, prompt, self.lead)
 
         found = multiple_choice(
             ask.lm, ask.rows, ask.change, style=self.style, normalisation=self.normalisation, prompt=context,

@@ -68,7 +68,7 @@ def mean_state(
 
     def hook(module: nn.Module, arguments: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
-        kept.append(states[0, -len(answer) :].float().mean(0).cpu())
+        kept.append(states[0])
 
     ids = torch.tensor([prompt + answer], device=lm.device)
     changed = lm.apply(change, prompt_lengths=[len(prompt)]) if change is not None else nullcontext()
@@ -78,7 +78,7 @@ def mean_state(
             lm.base(input_ids=ids, use_cache=False)
         finally:
             handle.remove()
-    return kept[0]
+    return torch.cat(kept)[-len(answer) :].float().mean(0).cpu()  # an edit of the cache reads the prompt in two parts
 
 
 def fit_probe(

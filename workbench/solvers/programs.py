@@ -28,14 +28,18 @@ class Program:
     told: str = INSTRUCTIONS["program"]
     limits: Limits | None = None
 
-    def solve(self, ask: Ask) -> list[Answer]:
-        """See `Solver`. Facts: `prompt`, `program` (what the model wrote), `ran` (how it ended, or why it failed)."""
+    def check(self, ask: Ask) -> None:
+        """Raise ValueError beside a strategy, and SandboxError where programs can't be isolated."""
         required()
         if ask.strategy is not None:
             raise ValueError(
                 f"Program asks in its own way, so the strategy {ask.strategy.name!r} can't go with it. Leave the "
                 "strategy out: Program(shots=3, told='Write a Python program that prints the answer.')."
             )
+
+    def solve(self, ask: Ask) -> list[Answer]:
+        """See `Solver`. Facts: `prompt`, `program` (what the model wrote), `ran` (how it ended, or why it failed)."""
+        self.check(ask)
         asking = program_task(ask.task)
         strategy = Strategy("program", self.told or None, self.shots, "program")
         prompts = [ask.lm.render(asking.messages(row, strategy)) for row in ask.rows]

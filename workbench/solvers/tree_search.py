@@ -13,7 +13,9 @@ from typing import Any
 
 from workbench.evaluation.asking import Answer, Ask
 from workbench.evaluation.judging import judge
+from workbench.evaluation.stored import ballot
 from workbench.models import end_tokens
+from workbench.tasks.answers import reopened
 
 __all__ = ["StepBeam", "TreeSearch"]
 
@@ -34,7 +36,7 @@ class _Node:
 class _Tree:
     """One question's search. draws: samples taken so far, which number its random streams."""
 
-    row: int
+    prompt: str
     root: _Node
     draws: int = 0
     texts: list[str] = field(default_factory=list)
@@ -71,6 +73,14 @@ class _Tree:
         return max(dict.fromkeys(node.rollouts), key=self.worth)
 
 
+def _check_temperature(temperature: float, branching: int) -> None:
+    if not temperature >= 0 or branching > 1 and temperature == 0:
+        raise ValueError(
+            f"temperature={temperature} with branching={branching}: give a temperature above 0, else all steps behind "
+            "a beginning are the same; 0 with branching=1."
+        )
+
+
 @dataclass(frozen=True)
 class TreeSearch:
     """Monte-Carlo tree search: `simulations` rollouts a question, nodes with up to `branching` sampled steps.
@@ -101,11 +111,13 @@ class TreeSearch:
                 f"value={self.value!r}, choose={self.choose!r}: value is 'consistency' or 'likelihood', choose is "
                 "'visits' or 'value'."
             )
+        _check_temperature(self.temperature, self.branching)
 
     def solve(self, ask: Ask) -> list[Answer]:
         """See `evaluation.Solver`."""
-        starts = [ask.lm.encode(ask.prompt(row)) for row in range(len(ask.rows))]
-        trees = [_Tree(row, _Node(start)) for row, start in enumerate(starts)]
+        prompts = [ask.prompt(row) for row in range(len(ask.rows))]
+        starts = [ask.lm.encode(prompt) for prompt in prompts]
+        trees = [_Tree(prompt, _Node(start)) for prompt, start in zip(prompts, starts, strict=True)]
         for _ in range(self.simulations):
             paths = [tree.path(self.explore) for tree in trees]
             self._expand(ask, trees, paths, starts)
@@ -142,9 +154,10 @@ class TreeSearch:
         done = dict(sorted((ended | {place: ids for place, (ids, _) in zip(open, found, strict=True)}).items()))
         texts = {place: ids[len(starts[place]) :] for place, ids in done.items()}
         for place, ids in texts.items():
-            text = ask.lm.tokenizer.decode(ids, skip_special_tokens=True)
+            text = reopened(trees[place].prompt, ask.lm.tokenizer.decode(ids, skip_special_tokens=True))
+            extracted = judge(ask.task, ask.rows[place], text)[0].extracted
             trees[place].texts.append(text)
-            trees[place].answers.append(judge(ask.task, ask.rows[place], text)[0].extracted)
+            trees[place].answers.append(None if extracted is None else ballot(extracted))  # 0.5 and 1/2 are one answer
         if self.value == "likelihood":
             scored = _likelihood(ask, [starts[place] for place in texts], list(texts.values()), list(texts))
             for place, sure in zip(texts, scored, strict=True):
@@ -173,11 +186,13 @@ class StepBeam:
     def __post_init__(self) -> None:
         if min(self.width, self.branching, self.depth) < 1 or not self.step:
             raise ValueError(f"{self}: give numbers from 1, and the words that end a step.")
+        _check_temperature(self.temperature, self.branching)
 
     def solve(self, ask: Ask) -> list[Answer]:
         """See `evaluation.Solver`."""
-        starts = [ask.lm.encode(ask.prompt(row)) for row in range(len(ask.rows))]
-        trees = [_Tree(row, _Node(start)) for row, start in enumerate(starts)]
+        prompts = [ask.prompt(row) for row in range(len(ask.rows))]
+        starts = [ask.lm.encode(prompt) for prompt in prompts]
+        trees = [_Tree(prompt, _Node(start)) for prompt, start in zip(prompts, starts, strict=True)]
         beams: list[dict[tuple[int, ...], tuple[bool, float]]] = [{tuple(start): (False, 0.0)} for start in starts]
         for number in range(self.depth + 1):
             last = number == self.depth
@@ -198,10 +213,11 @@ class StepBeam:
                 kept = sorted(beam.items(), key=lambda item: -item[1][1])[: self.width]
                 beams[row] = dict(kept)
         answers = []
-        for start, beam in zip(starts, beams, strict=True):
-            texts_ = [ask.lm.tokenizer.decode(ids[len(start) :], skip_special_tokens=True) for ids in beam]
+        for prompt, start, beam in zip(prompts, starts, beams, strict=True):
+            written = [ask.lm.tokenizer.decode(ids[len(start) :], skip_special_tokens=True) for ids in beam]
+            told = tuple(reopened(prompt, text) for text in written)
             best = next(iter(beam.values()))[1]
-            answers.append(Answer(texts_[0], samples=tuple(texts_), facts={"likelihood": round(best, 6)}))
+            answers.append(Answer(told[0], samples=told, facts={"likelihood": round(best, 6)}))
         return answers
 
 

@@ -8,8 +8,8 @@ call: `prompts.zero_shot`.
 
 from dataclasses import dataclass
 
-from workbench.evaluation.asking import Answer, Ask
-from workbench.tasks.answers import reopened
+from workbench.evaluation.asking import Answer, Ask, begun
+from workbench.tasks.answers import reopened, this_turn
 
 
 @dataclass(frozen=True)
@@ -24,17 +24,15 @@ class ThinkThenAnswer:
         """See `Solver`. The text is the whole answer: trigger, chain, conclusion. Facts: `finished`, of the chain."""
         places = range(len(ask.rows))
         prompts = [ask.prompt(place) for place in places]
-        begun = [
-            p + ("" if p[-1:].isspace() or ask.lm.tokenizer.chat_template else " ") + self.trigger for p in prompts
-        ]
-        chains = ask.generate(begun, places)
+        started = [begun(ask.lm, prompt, self.trigger) for prompt in prompts]
+        chains = ask.generate(started, places)
         middles = []
         for prompt, chain in zip(prompts, chains, strict=True):
-            whole = self.trigger + chain.text.rstrip()
+            whole = this_turn(self.trigger + chain.text).rstrip()  # a model without a template asks itself the next one
             seen = reopened(prompt, whole)
             thinking = seen.count("<think>") > seen.count("</think>")  # the answer must stand outside of the thoughts
             middles.append(whole + ("\n</think>\n\n" if thinking else "\n") + self.conclusion)
-        leads = [text.removesuffix(self.trigger) for text in begun]
+        leads = [text.removesuffix(self.trigger) for text in started]
         continued = [lead + middle for lead, middle in zip(leads, middles, strict=True)]
         ends = ask.generate(continued, places, max_new_tokens=self.answer_tokens, draws=[1] * len(prompts))
         return [

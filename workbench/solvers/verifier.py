@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from workbench.evaluation.asking import Ask
+from workbench.evaluation.asking import Ask, following
 from workbench.interventions import Intervention
 from workbench.models import LM
 from workbench.prompts import Message
@@ -48,15 +48,10 @@ class AskedVerifier:
         prompts = [lm.render([message]) for message in asked]
         total = []
         for word in (self.yes, self.no):
-            words = [lm.encode(word if _open(lm, prompt) else f" {word}") for prompt in prompts]
+            words = [following(lm, prompt, word) for prompt in prompts]
             found = ask.score(prompts, words, places, by=(lm, self.change))
             total.append([float(each.logprobs.sum()) for each in found])
         return [1 / (1 + math.exp(min(no - yes, 700))) for yes, no in zip(*total, strict=True)]
-
-
-def _open(lm: LM, prompt: str) -> bool:
-    """Whether an answer follows the prompt without a space of its own."""
-    return prompt[-1:].isspace() or bool(lm.tokenizer.chat_template)
 
 
 def _asked(wording: str, question: str, text: str) -> Message:

@@ -67,6 +67,19 @@ def reopened(prompt: str, text: str) -> str:
     return opened[0] + text if opened else text
 
 
+def this_turn(text: str) -> str:
+    """A text up to the end of its turn, thoughts included: what a second call may go on from.
+
+    >>> this_turn("<think>2+2</think>It is 4.\\nQuestion: And 3+3?")
+    '<think>2+2</think>It is 4.'
+    """
+    text = _TURN_END.split(text, maxsplit=1)[0]
+    thoughts = max((mark.end() for mark in re.finditer(r"</think(?:ing)?>", text)), default=0)
+    if re.search(r"<think(?:ing)?>", text[thoughts:]):
+        return text
+    return text[:thoughts] + _NEXT_QUESTION.split(text[thoughts:], maxsplit=1)[0]
+
+
 def boxed(text: str) -> list[tuple[int, str]]:
     r"""Start and content of every `\boxed{...}`, with braces balanced; an unfinished one is left out.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import QuantState
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,6 +23,7 @@ from transformers import (
 
 from tests.test_interventions import cache_edit, vector
 from tests.tiny import ARCHITECTURES, OWN, TYPES, greedy, make_tiny, tiny_lm, tiny_tokenizer
+from workbench.finetuning.packing import encode
 from workbench.interventions import extract
 from workbench.models import LM, ModelError, find_blocks, load_model
 from workbench.placement import (
@@ -270,6 +272,21 @@ def test_messages_without_a_template_use_the_plain_format() -> None:
         assert lm.render(chat) == "System: S\n\nQuestion: U\n\nAnswer:"
     finally:
         lm.tokenizer.chat_template = template
+
+
+def test_a_base_model_gets_its_beginning_of_text_once(tmp_path: Path) -> None:
+    lm = load_model(make_tiny("llama", tmp_path))
+    lm.tokenizer.chat_template = None
+    begin, chat = lm.tokenizer.get_vocab()["<|system|>"], [{"role": "user", "content": "U"}]
+    plain = lm.encode(chat)
+    lm.tokenizer.bos_token = "<|system|>"
+    assert lm.encode(chat) == plain  # a tokenizer that knows the token but puts it nowhere, as GPT-2's
+    lm.tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A", special_tokens=[("<|system|>", begin)]
+    )
+    assert lm.tokenizer("x")["input_ids"][0] == begin
+    assert lm.encode(chat) == [begin, *plain]
+    assert encode(lm, {"messages": [*chat, {"role": "assistant", "content": "4"}]}, "r").input_ids.count(begin) == 1
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from workbench.placement import ModelError, choose_device, choose_dtype, choose_quantization, without_kernel_advice
+from workbench.placement import (
+    ModelError,
+    choose_device,
+    choose_dtype,
+    choose_quantization,
+    share_in_four_bits,
+    without_kernel_advice,
+)
 
 if TYPE_CHECKING:
     from workbench.generate import Generation
@@ -60,15 +67,17 @@ class LM:
         """A finished string: strings stay as they are, chat messages go through the tokenizer's template.
 
         A tokenizer without a template gets `System: ...`, `Question: ...`, `Answer: ...` parts with a blank line
-        between, ending in `Answer:`.
+        between, ending in `Answer:`, behind the token for the beginning of a text where the tokenizer would add one.
         """
         if isinstance(prompt, str):
             return prompt
         if self.tokenizer.chat_template:
             return self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        first = self.tokenizer("x")["input_ids"][0]  # base models of Llama and Gemma are lost without it
+        start = self.tokenizer.bos_token if first == self.tokenizer.bos_token_id else ""
         titles = {"system": "System", "user": "Question", "assistant": "Answer"}
         parts = [f"{titles.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
-        return "\n\n".join([*parts, "Answer:"])
+        return start + "\n\n".join([*parts, "Answer:"])
 
     def encode(self, prompt: Prompt | list[int]) -> list[int]:
         """Token ids of a prompt (ids stay as they are); nothing is added, templates carry their own special tokens."""
@@ -145,7 +154,7 @@ def load_model(
     with _teaching(str(name)), _quiet(Path(source)):
         model = AutoModelForCausalLM.from_pretrained(source, device_map={"": place}, **arguments)
     if four_bit:
-        reasons["quantization"] += _share_in_four_bits(model, str(name))
+        reasons["quantization"] += share_in_four_bits(model, str(name))
         _keep_format(model)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
@@ -204,25 +213,6 @@ def find_blocks(model: PreTrainedModel) -> list[nn.Module]:
         f"Cannot tell which module list of {type(model).__name__} holds its {depth} decoder blocks; module lists: "
         f"{seen}. Use a decoder-only model of the Llama, GPT-2, GPT-NeoX, Falcon or OPT shape."
     )
-
-
-def _share_in_four_bits(model: PreTrainedModel, name: str) -> str:
-    """What of the model the 4-bit layers hold: some architectures have linear layers that bitsandbytes leaves alone.
-
-    Falcon's are of a class of its own, and experts that sit in one tensor are no linear layers: both stay as they are.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
-    if not layers:
-        raise ModelError(
-            f"{type(model).__name__} ({name!r}) has no linear layer that bitsandbytes can hold in 4 bits. Load it "
-            "with quantization=None, and with dtype='bfloat16' if memory is short."
-        )
-    packed = sum(layer.weight.numel() for layer in layers)
-    small = sum(layer.in_features * layer.out_features for layer in layers)
-    share = small / (small + sum(parameter.numel() for parameter in model.parameters()) - packed)
-    return f"; that is {share:.0%} of all weights"
 
 
 def _keep_format(model: PreTrainedModel) -> None:

@@ -112,6 +112,25 @@ def _four_bit_bytes(model: Any, layers: dict[str, nn.Module], dtype: torch.dtype
     return packed * NF4_BYTES + (model.num_parameters() - packed) * dtype.itemsize
 
 
+def share_in_four_bits(model: nn.Module, name: str) -> str:
+    """What of the model the 4-bit layers hold: some architectures have linear layers that bitsandbytes leaves alone.
+
+    Falcon's are of a class of its own, and experts that sit in one tensor are no linear layers: both stay as they are.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    if not layers:
+        raise ModelError(
+            f"{type(model).__name__} ({name!r}) has no linear layer that bitsandbytes can hold in 4 bits. Load it "
+            "with quantization=None, and with dtype='bfloat16' if memory is short."
+        )
+    packed = sum(layer.weight.numel() for layer in layers)
+    small = sum(layer.in_features * layer.out_features for layer in layers)
+    share = small / (small + sum(parameter.numel() for parameter in model.parameters()) - packed)
+    return f"; that is {share:.0%} of all weights"
+
+
 def bytes_a_token(lm: "LM") -> int:
     """Bytes that one token of one row takes in the cache, all layers together, each as if it kept every token.
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from workbench.synthesis.mixing import mix
     from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
-    from workbench.widgets import rate
+    from workbench.widgets import rate, show_tokens
 
 __version__ = "0.1.0"
 
@@ -108,7 +108,7 @@ _HOMES = {
     "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
-    "workbench.widgets": ("rate",),
+    "workbench.widgets": ("rate", "show_tokens"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
@@ -122,8 +122,8 @@ __all__ = [
     "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model",
     "load_results", "load_task", "logit_lens", "loglikelihoods", "merge", "minimal_pairs", "mix", "multiple_choice",
     "perplexity", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate", "read_pairs",
-    "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "statistics", "sweep", "synthesize",
-    "task_names", "trace", "train_vector",
+    "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "show_tokens", "statistics", "sweep",
+    "synthesize", "task_names", "trace", "train_vector",
 ]  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from workbench.interventions.session import Session
 from workbench.models import LM, ModelError, end_tokens, takes_last_only
 
 SHARED_PREFIX = 16  # shorter common beginnings are not worth a forward of their own
+OnToken = Callable[[dict[int, list[int]]], None]  # new tokens so far, by number of the row
 COMPACT_BELOW = 0.75  # share of rows still running at which finished ones leave the batch, which copies the cache
 
 
@@ -92,8 +93,14 @@ class _State:
         self.cache.reorder_cache(rows)  # unlike batch_select_indices, linear-attention layers know it
 
 
-def decode(lm: LM, session: Session, rows: Sequence[Row], decoding: Decoding) -> None:
-    """Fill in `new`, `finished`, `seconds` and `passes` of every row."""
+def decode(
+    lm: LM,
+    session: Session,
+    rows: Sequence[Row],
+    decoding: Decoding,
+    on_token: OnToken | None = None,
+) -> None:
+    """Fill in `new`, `finished`, `seconds` and `passes` of every row; `on_token` hears of every step."""
     start, total = time.perf_counter(), len(rows)
     for row in rows:
         row.new, row.finished, row.passes = [], False, 0
@@ -120,6 +127,8 @@ def decode(lm: LM, session: Session, rows: Sequence[Row], decoding: Decoding) ->
                 row.new.append(number)
                 row.finished = number in chooser.ends or _stopped(lm, row.new, decoding.stop)
                 row.passes, row.seconds = (passes + step) * (1 + len(session.companions.models)), seconds
+        if on_token is not None:
+            on_token({row.number: row.new for row in running})
         kept = [place for place, row in enumerate(running) if not row.over]
         if not kept:
             return

@@ -132,7 +132,7 @@ class PlainAnswers:
             if batch.plain is None:
                 batch.plain = self._score(batch, [None])[0]
             for costs, changed in zip(found, self._score(batch, changes), strict=True):
-                self._share_out(batch, _divergence(batch.plain, changed), costs)
+                self._share_out(batch, divergence(batch.plain, changed), costs)
         return found
 
     def bits(self, x: Intervention | None) -> list[np.ndarray]:
@@ -159,6 +159,14 @@ class PlainAnswers:
             ).logits[:, -new:]
         chosen = logits.unflatten(0, (copies, -1))[:, batch.wanted]
         return chosen.float().log_softmax(-1)
+
+    def log_probabilities(self, changes: Sequence[Intervention | None]) -> list[Float[Tensor, "changes tokens vocab"]]:
+        """Of every token that could have stood at each place of an answer, under each change; by prompt, in nats."""
+        found: dict[int, Tensor] = {}
+        for batch in self.batches:
+            parts = self._score(batch, changes).split(batch.wanted.sum(1).tolist(), dim=1)
+            found.update(zip(batch.numbers, parts, strict=True))
+        return [found[number] for number in range(len(self.prompts))]
 
     def token_scores(self, x: Intervention | None) -> list["TokenScores"]:
         """How sure the changed model (None: the plain one) is at every answer token, by prompt."""
@@ -192,10 +200,10 @@ class TokenScores:
     certainty: Float[np.ndarray, " tokens"]
 
 
-def _divergence(
+def divergence(
     plain: Float[Tensor, "tokens vocab"], changed: Float[Tensor, "tokens vocab"]
 ) -> Float[Tensor, " tokens"]:
-    """KL(plain || changed), from log-probabilities; what the plain model rules out costs nothing."""
+    """KL(plain || changed) in nats, from log-probabilities; what the plain model rules out costs nothing."""
     share = plain.exp()
     kl = torch.where(share > 0, share * (plain - changed), 0.0).sum(-1)
     return kl.nan_to_num(nan=WORST, posinf=WORST).clamp(0, WORST)

@@ -7,13 +7,13 @@ alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from workbench.decode import Decoding, Row, decode
+from workbench.decode import Decoding, OnToken, Row, decode
 from workbench.models import LM, ModelError
 from workbench.placement import bytes_a_token
 
@@ -26,12 +26,21 @@ if TYPE_CHECKING:
 CPU_TOKENS, CPU_TOKENS_REPEATED = 16_384, 65_536
 
 
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where a continuation comes from: the model, the prompt's token ids and what was changed, for looking closer."""
+
+    lm: LM = field(repr=False)
+    prompt: list[int]
+    change: "Intervention | None"
+
+
 @dataclass(frozen=True)
 class Generation:
     """One row's continuation. token_ids keep the end token and a stop string's tokens, text leaves them out.
 
     seconds: the batch's time up to this row's last token, divided by the batch's rows. forward_passes: those this row
-    took part in.
+    took part in. origin: for `show_tokens`; none of other servers' answers.
     """
 
     text: str
@@ -41,6 +50,7 @@ class Generation:
     seconds: float
     finished: bool
     forward_passes: int
+    origin: "Origin | None" = field(default=None, repr=False, compare=False)
 
 
 def generate(
@@ -53,6 +63,7 @@ def generate(
     batch_size: int | None = None,
     limits: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    on_token: OnToken | None = None,
 ) -> list[Generation]:
     """Continue every prompt, in input order.
 
@@ -60,7 +71,9 @@ def generate(
     they differ; none above `decoding.max_new_tokens`. interventions: one for all rows, or a list with
     one (or None) a row; they come on top of those of an enclosing `lm.apply`. seed: one number (row i samples from a
     stream of its own, seed and i) or one a row. batch_size: rows a batch; None packs rows of similar length by a token
-    budget. progress: called with rows done and rows in all.
+    budget. progress: called with rows done and rows in all. on_token: called after every step with the new token ids so
+    far by row number (a batch for which memory runs out begins anew); an exception that it raises stops the generation
+    and leaves the model as it was.
     """
     from workbench.interventions.session import Session, inherit
 
@@ -83,8 +96,9 @@ def generate(
         ):
             rows = [Row(each, place, texts[each], seeds[each], own[each]) for place, each in enumerate(members)]
             for batch in _batches(rows, lm, decoding, batch_size):
-                for done in _with_halving(lm, session, batch, decoding):
-                    results.update(done)
+                for done in _with_halving(lm, session, batch, decoding, on_token):
+                    for row, one in done.items():
+                        results[row] = replace(one, origin=Origin(lm, texts[row], wanted[row]))
                     if progress is not None:
                         progress(len(results), len(texts))
     return [results[row] for row in range(len(texts))]
@@ -177,14 +191,16 @@ def token_budget(lm: LM, most_on_cpu: int) -> int:
     return max(1, free // 4 // size)  # a step holds two copies of a layer's cache, prefill its activations
 
 
-def _with_halving(lm: LM, session: "Session", batch: list[Row], decoding: Decoding) -> Iterator[dict[int, Generation]]:
+def _with_halving(
+    lm: LM, session: "Session", batch: list[Row], decoding: Decoding, on_token: OnToken | None
+) -> Iterator[dict[int, Generation]]:
     """Run a batch; when memory runs out, run its halves instead."""
     waiting = [batch]
     while waiting:
         rows = waiting.pop(0)
         failed = False
         try:
-            decode(lm, session, rows, decoding)
+            decode(lm, session, rows, decoding, on_token)
         except (torch.OutOfMemoryError, MemoryError):
             if len(rows) == 1:
                 raise ModelError(

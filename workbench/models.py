@@ -102,6 +102,7 @@ class LM:
         bias: dict[int, float] | None = None,
         bias_temperature: float = 1.0,
         progress: Callable[[int, int], None] | None = None,
+        on_token: Callable[[dict[int, list[int]]], None] | None = None,
     ) -> "list[Generation]":
         """Continue every prompt; see `workbench.generate.generate` and, for how tokens are chosen, `decode.Decoding`.
 
@@ -113,7 +114,7 @@ class LM:
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         decoding = Decoding(max(limits, default=1), temperature, top_p, tuple(stop or ()), bias or {}, bias_temperature)
         own: dict[str, Any] = {"seed": seed, "limits": limits, "batch_size": batch_size, "progress": progress}
-        return generate(self, prompts, interventions, decoding, **own)
+        return generate(self, prompts, interventions, decoding, **own, on_token=on_token)
 
     def apply(
         self, x: "Intervention | Sequence[Intervention | None]", *, prompt_lengths: Sequence[int] | None = None

@@ -4,5 +4,6 @@ Leans on ipywidgets. What a control does is decided elsewhere (`judging.votes`);
 """
 
 from workbench.widgets.rating import Rating, rate
+from workbench.widgets.strip import show_tokens
 
-__all__ = ["Rating", "rate"]
+__all__ = ["Rating", "rate", "show_tokens"]

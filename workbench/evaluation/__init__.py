@@ -66,6 +66,8 @@ def evaluate(
             task. All before anything is generated.
     """
     plans = planned(task, conditions)
+    if task.kind == "code":
+        jail.required()
     rows = task.rows(split, n=n, seed=seed)
     asks = [Ask(lm, task, rows, plan.strategy, plan.change, max_new_tokens, batch_size, seed) for plan in plans]
     for ask, plan in zip(asks, plans, strict=True):
@@ -90,8 +92,6 @@ def _check(ask: Ask, plan: Plan) -> None:
     identity(plan.solver)
     if plan.change is not None:
         plan.change.check(ask.lm)
-    if ask.task.kind == "code":
-        jail.required()
     ask.prompt(0)  # a strategy whose examples the task has no solutions for
     check = getattr(plan.solver, "check", None)
     if check is not None:

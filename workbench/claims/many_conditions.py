@@ -62,13 +62,17 @@ def conditions(task: Task, made: dict[str, Any]) -> dict[str, Condition]:
         "best of 5 by likelihood": [shots, BestOf(5)],
         "best of 5, oracle": [shots, BestOf(5, by="exact")],
         "at most 40 tokens of steps": [shots, Budget(most=40)],
-        "tree search, 8 rollouts": [shots, TreeSearch(8)],
-        "beams of steps, 2 of 6": [shots, StepBeam(2, 3)],
         "told to correct itself": [instruction("steps"), Correct()],
         **{name: [change] for name, change in made.items()},
         "tuned + steered": [made["tuned"], made["residual-steered"]],
         "tuned, 5 votes": [made["tuned"], SelfConsistency(5)],
     }
+
+
+def searches() -> dict[str, Condition]:
+    """Searches over steps, which take longer than all others together."""
+    shots = few_shot("steps", 3)
+    return {"tree search, 8 rollouts": [shots, TreeSearch(8)], "beams of steps, 2 of 6": [shots, StepBeam(2, 3)]}
 
 
 def cascades(lm: LM, task: Task, small: LM, n: int, limit: int) -> dict[str, Condition]:
@@ -154,6 +158,9 @@ def main() -> None:
     parser.add_argument("--small", help="the smaller model that hands over to it")
     parser.add_argument("--run", type=Path, default=Path("outputs/main"), help="run folder with adapter, vector, edit")
     parser.add_argument("--tasks", nargs="+", default=[*LAB, "svamp", "gsm8k", "blimp"])
+    parser.add_argument(
+        "--search", nargs="*", default=["word-problems"], help="tasks that are also searched over steps"
+    )
     parser.add_argument("--n", type=int, default=200)
     parser.add_argument("--limit", type=int, default=96, help="new tokens an answer")
     parser.add_argument("--out", type=Path, default=Path("outputs/many-conditions"))
@@ -169,6 +176,7 @@ def main() -> None:
         wanted = pair_conditions(made) if pairs else conditions(task, made)
         if not pairs:
             wanted |= cascades(lm, task, small, options.n // 2, options.limit) if small else {}
+            wanted |= searches() if name in options.search else {}
             wanted = possible(lm, task, task.rows("test", n=n, seed=0), wanted, options.limit)
             wanted |= probed(lm, task, out, options.n // 2, options.limit) if "few-shot steps" in wanted else {}
         lines = table(lm, task, wanted, n, options.limit, out)

@@ -108,13 +108,16 @@ def probed(lm: LM, task: Task, out: Path, n: int, limit: int) -> dict[str, Condi
 
 
 def pair_conditions(made: dict[str, Any]) -> dict[str, Condition]:
-    """For minimal pairs, which are scored and not answered: changes, strengths, and ways to count a length."""
+    """For minimal pairs, which are scored and not answered: changes, strengths, and ways to count a length.
+
+    A sentence has no prompt before it, so that an edit of a cached prompt token has no place.
+    """
     from workbench.solvers import Likelihood
 
     x, random = made["residual-steered"], made["random"]
     every: dict[str, Condition] = {"plain": [Likelihood()]}
     every |= {f"plain, by {unit}": [Likelihood(unit)] for unit in ("token", "byte", "character")}
-    every |= {name: [change, Likelihood()] for name, change in made.items()}
+    every |= {name: [change, Likelihood()] for name, change in made.items() if name != "KV-steered"}
     every |= {f"residual-steered, x {s:g}": [s * x, Likelihood()] for s in (0.5, 2.0, 4.0)}
     every |= {"random, x 4": [4.0 * random, Likelihood()]}
     return every | {"tuned + steered": [made["tuned"], x, Likelihood()]}

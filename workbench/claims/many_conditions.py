@@ -18,6 +18,7 @@ from workbench.interventions import Adapter, load_intervention
 from workbench.models import LM, load_model
 from workbench.prompts import few_shot, instruction, short_answer, zero_shot
 from workbench.report.tables import format_table
+from workbench.results import Results
 from workbench.runs.stages import COST
 from workbench.solvers import (
     BestOf,
@@ -143,9 +144,8 @@ def possible(
     return kept
 
 
-def table(lm: LM, task: Task, wanted: dict[str, Condition], n: int | None, limit: int, out: Path) -> pd.DataFrame:
+def table(found: Results) -> pd.DataFrame:
     """Accuracy, cost and the paired difference to the first condition, one line a condition."""
-    found = evaluate(lm, task, wanted, n=n, seed=0, max_new_tokens=limit, out=out)
     lines = found.table()
     beside = found.comparisons().set_index("b")[["difference", "low", "high", "p_holm"]]
     beside.columns = ["difference", "difference_low", "difference_high", "p_holm"]
@@ -182,8 +182,8 @@ def main() -> None:
             wanted |= searches() if name in options.search else {}
             wanted = possible(lm, task, task.rows("test", n=n, seed=0), wanted, options.limit)
             wanted |= probed(lm, task, out, options.n // 2, options.limit) if "few-shot steps" in wanted else {}
-        lines = table(lm, task, wanted, n, options.limit, out)
-        print(f"\n{lm.name} on {name}\n{format_table(lines.to_dict('records'))}", flush=True)
+        found = evaluate(lm, task, wanted, n=n, seed=0, max_new_tokens=options.limit, out=out)
+        print(f"\n{lm.name} on {name}\n{format_table(table(found).to_dict('records'))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 A sandbox's processes live in a process namespace of their own, so ending its first process ends all of them, whatever
 they did with sessions, groups and signals, and the kernel reports that first process as ended only after all others.
-The start is not counted as the program's time. Does not cover: what the walls are (`jail`), what runs (`inside`).
+The start is not counted as the program's time. Does not cover: what the walls are (`jail`), what runs (`inside`); a
+killed workbench takes its sandboxes with it but in the millisecond in which bubblewrap starts its child: that child
+then waits for ever, without having run anything (5 of 150 kills in the first 40 ms of a start, bubblewrap 0.8.0).
 """
 
 import contextlib

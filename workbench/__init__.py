@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from workbench.synthesis.mixing import mix
     from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
+    from workbench.teaching import check, check_prediction
     from workbench.widgets import rate, show_tokens
 
 __version__ = "0.1.0"
@@ -108,6 +109,7 @@ _HOMES = {
     "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
+    "workbench.teaching": ("check", "check_prediction"),
     "workbench.widgets": ("rate", "show_tokens"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -116,8 +118,9 @@ _MODULES = ("plots", "runs", "statistics", "report")
 __all__ = [
     "KV", "LM", "Adapter", "CompressCache", "Data", "DropTokens", "Generation", "Intervention", "Logits", "LowRank",
     "ModelError", "Pairs", "QuantizeCache", "ReplaceTokens", "Residual", "Results", "ScaleTokens", "SpliceBlock",
-    "Stage", "Strategy", "Sweep", "Task", "Verdict", "Weights", "agreement", "attention_to", "calibrate",
-    "compare_at_budget", "condition", "connect", "contrast", "critical_weights", "damage", "evaluate", "extract",
+    "Stage", "Strategy", "Sweep", "Task", "Verdict", "Weights", "agreement", "attention_to", "calibrate", "check",
+    "check_prediction", "compare_at_budget", "condition", "connect", "contrast", "critical_weights", "damage",
+    "evaluate", "extract",
     "few_shot", "finetune", "finetune_stages", "fit_gate", "grade_answers", "head_attribution", "heads_writing",
     "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model",
     "load_results", "load_task", "logit_lens", "loglikelihoods", "merge", "minimal_pairs", "mix", "multiple_choice",

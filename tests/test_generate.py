@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.tiny import ARCHITECTURES, greedy, tiny_lm
-from workbench.decode import Decoding, sample
+from workbench.choosing import Decoding, sample
 from workbench.generate import generate
 from workbench.models import ModelError
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.tiny import tiny_lm
-from workbench.decode import Decoding, Row, _Chooser
+from workbench.choosing import Chooser, Decoding, Row
 from workbench.divergence import PlainAnswers
 from workbench.evaluation import Ask, Solver, evaluate
 from workbench.evaluation.cost import forward_flops
@@ -130,7 +130,7 @@ def test_a_temperature_of_the_end_changes_the_odds_of_ending_alone(lab: LM, heat
     ids, tokens = [lab.encode("7+9=16. The")], [40, 41]
     with torch.no_grad():
         logits = lab.model(torch.tensor(ids)).logits[0, -1:].float()
-    chooser = _Chooser(lab, [Row(0, 0, ids[0], 0, 4)], Decoding(4, bias={40: 0.5, 41: 0.5}, bias_temperature=heat))
+    chooser = Chooser(lab, [Row(0, 0, ids[0], 0, 4)], Decoding(4, bias={40: 0.5, 41: 0.5}, bias_temperature=heat))
     moved = logits.index_add(1, chooser.biased, chooser._moves(logits))
     others = torch.ones(logits.shape[1], dtype=torch.bool).index_fill(0, torch.tensor(tokens), False)
     before, after = ((x[0, tokens].logsumexp(-1) - x[0, others].logsumexp(-1)).item() for x in (logits, moved))

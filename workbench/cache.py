@@ -5,8 +5,10 @@ the text. Here a layer may store fewer entries than the text has tokens (`interv
 of the text, so positions and masks of what follows stay right without help.
 """
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -69,6 +71,27 @@ class GrowingLayer(DynamicLayer):
         room[0][:, :, old:total], room[1][:, :, old:total] = key_states, value_states
         self.room, self.keys, self.values = room, room[0][:, :, :total], room[1][:, :, :total]
         return self.keys, self.values
+
+    def join(self, kept: Int[Tensor, " kept"], first: int, others: "Sequence[GrowingLayer]", width: int) -> None:
+        """Go on with these rows from column `first` on, and behind them all of other layers', in `width` columns.
+
+        All stand at the right end, with zeros before them.
+        """
+        rooms = []
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)[:, :, first:]
+            parts = [(old, kept), *((getattr(other, name), slice(None)) for other in others)]
+            total = len(kept) + sum(len(part) for part, _ in parts[1:])
+            room = old.new_empty(total, old.shape[1], width + SPARE, old.shape[3])
+            row = 0
+            for part, chosen in parts:
+                place = room[row : row + (len(kept) if part is old else len(part))]
+                place[:, :, : width - part.shape[2]] = 0
+                place[:, :, width - part.shape[2] : width] = part[chosen]
+                row += len(place)
+            rooms.append(room)
+        self.room = (rooms[0], rooms[1])
+        self.keys, self.values = rooms[0][:, :, :width], rooms[1][:, :, :width]
 
     def _at_home(self, room: tuple[Tensor, Tensor]) -> bool:
         """Whether keys and values are still views of the room: rows picked out or edited are not."""

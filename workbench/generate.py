@@ -6,16 +6,18 @@ end tokens and the repetition penalty are followed, so greedy rows equal `model.
 alone.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from workbench.decode import Decoding, OnToken, Row, decode
+from workbench.choosing import Decoding, Row
+from workbench.decode import OnToken, decode
 from workbench.models import LM, ModelError
 from workbench.placement import bytes_a_token
+from workbench.prefill import may_join
 
 if TYPE_CHECKING:
     from workbench.interventions import Intervention
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 # Prompt and new tokens of one batch on a CPU: beyond that the cache leaves the processor's own memory. Where prompts
 # come again and again (a grid), they are computed once, and what is left to do gains from more rows a step.
 CPU_TOKENS, CPU_TOKENS_REPEATED = 16_384, 65_536
+JOIN_BELOW = (
+    0.75  # share of a batch's places that are taken at which others join: reading few prompts at a time is slow
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +44,8 @@ class Origin:
 class Generation:
     """One row's continuation. token_ids keep the end token and a stop string's tokens, text leaves them out.
 
-    seconds: the batch's time up to this row's last token, divided by the batch's rows. forward_passes: those this row
-    took part in. origin: for `show_tokens`; none of other servers' answers.
+    seconds: its share of the time of every step that it took part in; all rows' together are the whole time.
+    forward_passes: those this row took part in. origin: for `show_tokens`; none of other servers' answers.
     """
 
     text: str
@@ -72,7 +77,7 @@ def generate(
     one (or None) a row; they come on top of those of an enclosing `lm.apply`. seed: one number (row i samples from a
     stream of its own, seed and i) or one a row. batch_size: rows a batch; None packs rows of similar length by a token
     budget. progress: called with rows done and rows in all. on_token: called after every step with the new token ids so
-    far by row number (a batch for which memory runs out begins anew); an exception that it raises stops the generation
+    far by row number (rows for which memory runs out begin anew); an exception that it raises stops the generation
     and leaves the model as it was.
     """
     from workbench.interventions.session import Session, inherit
@@ -89,18 +94,21 @@ def generate(
     _check_context(lm, texts, own)
     _check_bias(lm, decoding)
     results: dict[int, Generation] = {}
+
+    def settle(rows: Sequence[Row]) -> None:
+        for row in rows:
+            origin = Origin(lm, texts[row.number], wanted[row.number])
+            results[row.number] = replace(_generation(lm, row, decoding), origin=origin)
+        if progress is not None and rows:
+            progress(len(results), len(texts))
+
     for members in weight_groups(wanted):
         with (
             Session(lm, [wanted[row] for row in members], [len(texts[row]) for row in members]) as session,
             torch.no_grad(),
         ):
             rows = [Row(each, place, texts[each], seeds[each], own[each]) for place, each in enumerate(members)]
-            for batch in _batches(rows, lm, decoding, batch_size):
-                for done in _with_halving(lm, session, batch, decoding, on_token):
-                    for row, one in done.items():
-                        results[row] = replace(one, origin=Origin(lm, texts[row], wanted[row]))
-                    if progress is not None:
-                        progress(len(results), len(texts))
+            _run(Waiting(rows, session, decoding, batch_size), lm, session, decoding, on_token, settle)
     return [results[row] for row in range(len(texts))]
 
 
@@ -171,17 +179,6 @@ def _check_bias(lm: LM, decoding: Decoding) -> None:
         raise ModelError(f"bias names token {wrong[0]}, and {lm.name!r} has the tokens 0 to {size - 1}.")
 
 
-def _batches(rows: Sequence[Row], lm: LM, decoding: Decoding, batch_size: int | None) -> Iterator[list[Row]]:
-    """Rows of similar length together, equal prompts side by side; longest first: memory runs out early or never."""
-    order = sorted(rows, key=lambda row: (-len(row.prompt), row.prompt))
-    repeated = 2 * len({tuple(row.prompt) for row in rows}) <= len(rows)
-    budget = token_budget(lm, CPU_TOKENS_REPEATED if repeated else CPU_TOKENS)
-    while order:
-        size = batch_size or max(1, budget // (len(order[0].prompt) + decoding.max_new_tokens))
-        yield order[:size]
-        order = order[size:]
-
-
 def token_budget(lm: LM, most_on_cpu: int) -> int:
     """Tokens of cache that a batch may fill: a constant on a CPU, half of the free memory on a GPU."""
     size = bytes_a_token(lm)
@@ -191,33 +188,80 @@ def token_budget(lm: LM, most_on_cpu: int) -> int:
     return max(1, free // 4 // size)  # a step holds two copies of a layer's cache, prefill its activations
 
 
-def _with_halving(
-    lm: LM, session: "Session", batch: list[Row], decoding: Decoding, on_token: OnToken | None
-) -> Iterator[dict[int, Generation]]:
-    """Run a batch; when memory runs out, run its halves instead."""
-    waiting = [batch]
-    while waiting:
-        rows = waiting.pop(0)
+class Waiting:
+    """Rows of similar length together, equal prompts side by side.
+
+    Where others join, the shortest come first: what those before them have written makes up for it, and a batch's rows
+    stay of similar length. Else the longest do: memory runs out early or never.
+    """
+
+    def __init__(self, rows: Sequence[Row], session: "Session", decoding: Decoding, batch_size: int | None) -> None:
+        lm, sign = session.lm, 1 if may_join(session) else -1
+        self.rows = sorted(rows, key=lambda row: (sign * len(row.prompt), row.prompt))
+        self.most, self.fixed, self.new = len(rows), batch_size, decoding.max_new_tokens
+        repeated = 2 * len({tuple(row.prompt) for row in rows}) <= len(rows)
+        self.budget = token_budget(lm, CPU_TOKENS_REPEATED if repeated else CPU_TOKENS)
+
+    def take(self, running: Sequence[Row] = ()) -> list[Row]:
+        """The rows that begin next to those that are running: none while too few places are free."""
+        longest, free, size = max((len(row.prompt) for row in running), default=0), 0, 0
+        for row in self.rows:
+            longest = max(longest, len(row.prompt))
+            size = min(self.most, self.fixed or max(1, self.budget // (longest + self.new)))
+            if len(running) + free >= size:
+                break
+            free += 1
+        if running and len(running) > JOIN_BELOW * size:
+            return []
+        taken, self.rows = self.rows[:free], self.rows[free:]
+        return taken
+
+    def again(self, rows: list[Row]) -> None:
+        """Rows for which memory ran out begin anew, half as many at a time from now on."""
+        self.most = max(1, len(rows) // 2)
+        self.rows = rows + self.rows
+
+
+def _run(
+    waiting: Waiting,
+    lm: LM,
+    session: "Session",
+    decoding: Decoding,
+    on_token: OnToken | None,
+    settle: Callable[[Sequence[Row]], None],
+) -> None:
+    """Tell of every row once it is done; when memory runs out, those that are not begin anew, half as many at once."""
+    while waiting.rows:
+        begun = waiting.take()
+        left = {row.number: row for row in begun}
+
+        def more(running: list[Row], left: dict[int, Row] = left) -> list[Row]:
+            taken = waiting.take(running)
+            left.update({row.number: row for row in taken})
+            return taken
+
+        def done(rows: list[Row], left: dict[int, Row] = left) -> None:
+            settle([left.pop(row.number) for row in rows])
+
         failed = False
         try:
-            decode(lm, session, rows, decoding, on_token)
+            decode(lm, session, begun, decoding, on_token, more=more, done=done)
         except (torch.OutOfMemoryError, MemoryError):
-            if len(rows) == 1:
-                raise ModelError(
-                    f"Out of memory on a single prompt of {len(rows[0].prompt)} tokens. Ask for fewer new tokens, or "
-                    "quantization='nf4'."
-                ) from None
-            failed = True  # halve outside of the except block: the traceback keeps the batch's tensors alive
+            failed = True  # go on outside of the except block: the traceback keeps the batch's tensors alive
         if failed:
+            done([row for row in left.values() if row.over])
+            if len(left) == 1:
+                size = len(next(iter(left.values())).prompt)
+                raise ModelError(
+                    f"Out of memory on a single prompt of {size} tokens. Ask for fewer new tokens, or "
+                    "quantization='nf4'."
+                )
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            half = len(rows) // 2
-            waiting = [rows[:half], rows[half:], *waiting]
-            continue
-        yield {row.number: _finish(lm, row, decoding) for row in rows}
+            waiting.again([*left.values()])
 
 
-def _finish(lm: LM, row: Row, decoding: Decoding) -> Generation:
+def _generation(lm: LM, row: Row, decoding: Decoding) -> Generation:
     text = lm.tokenizer.decode(row.new, skip_special_tokens=True)
     for word in decoding.stop:
         text = text.split(word, 1)[0]

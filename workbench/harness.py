@@ -173,7 +173,7 @@ class _Answers:
 
     def _generate(self, contexts: Sequence[str], options: dict[str, Any]) -> list[str]:
         """Texts up to the first stop string or end of text; contexts too long for the model lose tokens on the left."""
-        from workbench.decode import Decoding
+        from workbench.choosing import Decoding
         from workbench.generate import generate
 
         room = self.max_length - options["max_new_tokens"]

@@ -108,7 +108,7 @@ class LM:
 
         max_new_tokens: one for all, or one a prompt.
         """
-        from workbench.decode import Decoding
+        from workbench.choosing import Decoding
         from workbench.generate import generate
 
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)

@@ -44,7 +44,8 @@ def test_parts_are_what_attention_and_mlp_wrote(lab: LM) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_whole_matrix_is_the_layers_own_weight(family: str) -> None:
     lm = tiny_lm(family)
-    name, module = inside.first_linear(lm, 1)
+    name, module = inside.writing_matrix(lm, 1)
+    assert name.endswith(("mlp.down_proj", "mlp.c_proj"))
     weight = lm.model.get_parameter(f"{name}.weight")
     torch.testing.assert_close(inside.whole_matrix(lm, module), weight.T if family == "gpt2" else weight)
 

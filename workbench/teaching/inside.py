@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from workbench.models import LM, ModelError
 
-__all__ = ["Stream", "first_linear", "residual_stream", "whole_matrix"]
+__all__ = ["Stream", "residual_stream", "whole_matrix", "writing_matrix"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,28 +99,38 @@ def residual_stream(lm: LM, prompt: str | list[dict[str, str]]) -> Stream:
     return Stream(parts, [after[layer] for layer in range(len(lm.blocks))])
 
 
-def first_linear(lm: LM, layer: int) -> tuple[str, nn.Module]:
-    """Name (in `lm.model`) and module of the first matrix in a decoder block: what reads the stream.
+def writing_matrix(lm: LM, layer: int) -> tuple[str, nn.Module]:
+    """Name (in `lm.model`) and module of the last matrix of a decoder block that writes into the stream.
 
-    Raises ModelError where a block has none. Covers nn.Linear, its 4-bit kin and GPT-2's Conv1D.
+    Covers nn.Linear, its 4-bit kin and GPT-2's Conv1D; raises ModelError where a block has none with d_model outputs.
     """
-    names = {id(module): name for name, module in lm.model.named_modules()}
-    for module in lm.blocks[layer].modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            return names[id(module)], module
-    raise ModelError(f"Layer {layer} of {type(lm.model).__name__} has no linear layer. Choose another one.")
+    found = [module for module in lm.blocks[layer].modules() if _sizes(module)[1] == lm.d_model]
+    if not found:
+        raise ModelError(f"Layer {layer} of {type(lm.model).__name__} has no linear layer that writes into the stream.")
+    return next((name, module) for name, module in lm.model.named_modules() if module is found[-1])
 
 
 def whole_matrix(lm: LM, module: nn.Module) -> Float[Tensor, "outputs inputs"]:
     """The matrix W of a linear layer, float32 on the CPU, found by what it does to each unit vector.
 
-    The same for plain and for 4-bit weights; W takes inputs x outputs numbers, 64 MB for a model of width 4096.
+    So it is the same for plain and for 4-bit weights, and no format has to be known.
     """
-    inputs = module.in_features if isinstance(module, nn.Linear) else module.get_parameter("weight").shape[0]
-    units = torch.eye(int(inputs), dtype=lm.model.dtype, device=lm.device)
+    inputs, _ = _sizes(module)
+    shift, columns = None, []
     with torch.no_grad():
-        shift = module(torch.zeros_like(units[:1]))
-        return (module(units) - shift).float().cpu().T.contiguous()
+        for start in range(0, inputs, 1024):
+            units = torch.zeros(min(1024, inputs - start), inputs, dtype=lm.model.dtype, device=lm.device)
+            shift = module(units[:1]) if shift is None else shift
+            units[:, start:].fill_diagonal_(1.0)
+            columns.append((module(units) - shift).float().cpu())
+    return torch.cat(columns).T.contiguous()
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer; of anything else zero."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else (0, 0)
 
 
 def _written(layer: int, change: Tensor, inner: list[Tensor], close: float) -> dict[str, Tensor]:

@@ -61,6 +61,7 @@ def test_pictures_have_words_and_can_be_printed(lab: LM) -> None:
     for figure in figures:
         assert len(alt_text(figure)) > 40
         assert "<svg" in figure_to_svg(figure)
+    assert "rotate" in figure_to_svg(figures[2])
     assert figures[2].layout.xaxis.ticktext[:2] == ("·The", "↵")
     with pytest.raises(PlotError, match="as many numbers"):
         drawn.token_effects(["a"], [], "Effect", "nats")

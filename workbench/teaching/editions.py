@@ -87,9 +87,7 @@ def teacher_version(book: Book, origin: str = "") -> Book:
     table = timetable(made)
     for cell in made["cells"]:
         if "solution" in _tags(cell):
-            shown = {key: value for key, value in cell["metadata"].get("jupyter", {}).items() if key != "source_hidden"}
-            cell["metadata"] = {key: value for key, value in cell["metadata"].items() if key != "jupyter"}
-            cell["metadata"] |= {"jupyter": shown} if shown else {}
+            cell["metadata"].get("jupyter", {}).pop("source_hidden", None)
         if "teacher" in _tags(cell):
             cell["source"] = _lines(_source(cell).replace("<details>", "<details open>", 1))
     note = {"cell_type": "markdown", "id": "class-timetable", "metadata": {"tags": ["teacher"]}}
@@ -282,7 +280,14 @@ def _filled(tree: ast.Module) -> list[str]:
 
 
 def _stored(tree: ast.AST) -> set[str]:
-    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    """Names that a cell sets; those of a comprehension are its own."""
+    inner = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp
+    own = {id(name) for node in ast.walk(tree) if isinstance(node, inner) for name in ast.walk(node)}
+    return {
+        node.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and id(node) not in own
+    }
 
 
 def _loaded(tree: ast.AST) -> set[str]:

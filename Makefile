@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment run test outside lab bench lab-model doctor lint format types lock reasoning-gym clean clean-all
+.PHONY: help environment run class test outside lab bench lab-model doctor lint format types lock reasoning-gym clean clean-all
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -65,6 +65,9 @@ reasoning-gym: $(STAMP)  ## install reasoning-gym with pycosat, which needs a C 
 
 run: $(STAMP)  ## the whole tour on the lab model: all notebooks, a table and a report in outputs/main
 	$(PY) -m workbench run --out outputs/main $(ARGS)
+
+class: $(STAMP)  ## the student's and the teacher's version of every notebook, in outputs/class
+	$(PY) -m workbench class $(ARGS)
 
 lab: $(STAMP)  ## JupyterLab on this machine only, with its access token on
 	$(PY) -m jupyterlab --ip=127.0.0.1 $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: `python -m workbench run | sweep | status | compare | export | parameters | report | doctor`.
+"""Commands: `python -m workbench run | sweep | status | compare | export | parameters | report | class | doctor`.
 
 Thin: each command reads its words, calls one function and prints. Bad input ends with exit code 2 before any work, a
 failed run with 1 and the next command to type.
@@ -170,6 +170,27 @@ def export(
         end(str(error), 2)
     except OSError as error:
         end(f"the export could not be written: {error}. Free space or choose another --out.", 1)
+    for path in written:
+        print(path)
+
+
+@app.command("class")
+def class_(
+    notebooks: Notebooks = None,
+    out: Annotated[Path | None, typer.Option("--out", help="folder for both; by default outputs/class")] = None,
+) -> None:
+    """Build the student's and the teacher's version of notebooks with exercises."""
+    from workbench.runs.provenance import commit
+    from workbench.teaching.editions import build_class
+
+    try:
+        written = build_class(
+            runs.find_notebooks(notebooks), out or project_root() / "outputs" / "class", commit() or "unknown"
+        )
+    except ValueError as error:
+        end(str(error), 2)
+    except OSError as error:
+        end(f"the versions could not be written: {error}. Free space or choose another --out.", 1)
     for path in written:
         print(path)
 

@@ -2,8 +2,8 @@
 
 Gathers what the pages are made of (notebooks, a line about commit, date, machine and run time for each, a first page)
 and calls Sphinx with MyST-NB and Furo, which live in an environment of their own (`make site` installs it) and write
-all HTML. Pages show what has a still form: of a widget or a live figure, the picture or text that the notebook left beside
-it. Not covered: several runs in one site, and exploring (that is JupyterLab's matter; `report.html` has the numbers).
+all HTML. Pages show what has a still form: of a widget or a live figure, the picture or text that the notebook left
+beside it. Not covered: several runs in one site, exploring (JupyterLab's matter) and tables (`report.html` has them).
 """
 
 import json
@@ -33,11 +33,16 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 STILL = ("text/html", "image/svg+xml", "image/png", "image/jpeg", "image/gif", "text/markdown", "text/plain")
 LIVE = "A live control without a still form: open the notebook in JupyterLab to see it."
 CSS = """
-.stamp { color: var(--color-foreground-secondary); font-size: .88rem; border-left: 3px solid var(--color-brand-primary);
-  padding-left: .8rem }
+.content { width: min(100%, 58em) }
+div.stamp { color: var(--color-foreground-secondary); font-size: .88rem; margin: 1rem 0;
+  border-left: 3px solid var(--color-brand-primary); padding: 0 0 0 .8rem }
+div.stamp p { margin: 0 }
 .cell_output img, .cell_output svg, .first-figure { max-width: 100%; height: auto; background: #fff;
   border-radius: 6px }
 .cell_output div.output.text_html { overflow-x: auto }
+.cell_output table.dataframe { border: 0; border-collapse: collapse; font-size: .88rem; margin: .5rem 0 }
+.cell_output table.dataframe :is(td, th) { border: 0; border-bottom: 1px solid var(--color-background-border);
+  padding: .2rem .7rem; text-align: right }
 """
 
 Say = Callable[[str], None]
@@ -66,8 +71,8 @@ def write_site(run: Path | str, out: Path | str, *, tool: Path | None = None, sa
     """Write the site of a run folder to `out` and return its `index.html`; an older site there is replaced at the end.
 
     tool: the environment that holds Sphinx, `.outside/site` by default. A run that ended half-way gives the pages that
-    it has, for each is true by itself, and the first page says which are missing and why. Raises SiteError when there is
-    nothing to show, when `out` holds something else, when the tool is missing or warns, or when a page would load
+    it has, for each is true by itself, and the first page says which are missing and why. Raises SiteError when there
+    is nothing to show, when `out` holds something else, when the tool is missing or warns, or when a page would load
     something from elsewhere; then the old site stays.
     """
     folder, target = Path(run), Path(out).resolve()
@@ -216,7 +221,7 @@ def still_outputs(outputs: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, 
 
 def first_figure(folder: Path, pages: Sequence[Page], source: Path) -> str:
     """Draw the run's main figure (paired differences, else the first of the last stage that has any) as Markdown."""
-    order = sorted(pages[::-1], key=lambda page: "evaluate" not in page.name)
+    order = sorted(pages, key=lambda page: ("evaluate" in page.name, page.name), reverse=True)
     for page in order:
         names = [path.name for path in sorted((folder / page.name).glob(f"*{SUFFIX}"))]
         for name in sorted(names, key=lambda name: name != f"forest{SUFFIX}"):
@@ -238,8 +243,8 @@ def first_page(folder: Path, pages: Sequence[Page], missing: Mapping[str, str], 
     report = '<a href="report.html">The report of this run</a>: all tables and figures on one page.\n'
     parts = [
         f"# The run {plain(folder.resolve().name)}\n",
-        "Notebooks of the workbench for experiments on small language models, as they were executed: every number, table"
-        " and figure below came out of this one run. The pages need no network and no server.\n",
+        "Notebooks of the workbench for experiments on small language models, as they were executed: every number,"
+        " table and figure below came out of this one run. The pages need no network and no server.\n",
         f"```{{container}} stamp\n{stamp({**latest, 'seconds': total})}\n```\n",
         "\n".join(["```{warning}", *gaps, "```\n"]) if gaps else "",
         figure,

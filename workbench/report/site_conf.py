@@ -1,14 +1,15 @@
 """Settings of Sphinx for `workbench.report.site`, which copies this file beside the pages as `conf.py`.
 
 Sphinx reads it in an environment of its own, so it imports nothing of the workbench. No page may need an address
-outside the folder: formulas become MathML, which browsers draw themselves, instead of Sphinx's MathJax from a server, and the
-search shows titles without text around them, because pages opened from disk may not read each other.
+outside the folder: formulas become MathML, which browsers draw themselves, instead of Sphinx's MathJax from a server;
+the search shows titles without text around them, because pages opened from disk may not read each other.
 """
 
 from typing import Any
 
 extensions = ["myst_nb"]
 myst_enable_extensions = ["dollarmath", "amsmath"]
+suppress_warnings = ["myst.header"]  # a heading that skips a level is no fault of a notebook
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, Any] = {}

@@ -52,18 +52,21 @@ def add_text(path: Path, source: str) -> None:
     path.write_text(json.dumps(book), encoding="utf-8")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two notebooks: a figure; widgets with and without a still form, a formula, hostile text."""
-    home = tmp_path_factory.mktemp("site")
+def make_run(home: Path) -> Path:
+    """Run two notebooks: a figure; widgets with and without a still form, a formula, hostile text."""
     cells = {"00_figures": [PICTURES], "01_widgets": [WIDGETS, ALONE, HOSTILE]}
     paths = [
         write_notebook(home / "notebooks" / f"{name}.ipynb", [SETUP.format(stage=name), "seed = 1", *made, FINISH])
         for name, made in cells.items()
     ]
     add_text(paths[1], FORMULA)
-    runs.run(paths, {"n": 8}, home / "run", say=quiet)
-    return home
+    return runs.run(paths, {"n": 8}, home / "run", say=quiet).folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with that run in `run`."""
+    return make_run(tmp_path_factory.mktemp("site")).parent
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,11 @@ NAMES = ("chromium", "chromium-browser", "google-chrome")
 SETTINGS = {
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "docmanager-extension/plugin": {"autosave": False},
+    "notebook-extension/tracker": {"windowingMode": "none"},  # so that a picture of the page holds every cell
 }
 QUIET = ("--no-browser", "--allow-root", "--expose-app-in-browser", "--ServerApp.terminals_enabled=False",
          "--LabApp.extension_manager=readonly", "--ServerApp.port_retries=0", "--log-level=WARN")  # fmt: skip
+QUICK = {**SMALL, "model": "lab-small"}
 TOKEN = "for-these-tests-only"
 # What JupyterLab itself says without any fault of a notebook, each with its reason.
 HARMLESS: tuple[str, ...] = ()
@@ -142,7 +144,13 @@ def lab_server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
-    words = [*QUIET, "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={home}"]
+    words = [
+        *QUIET,
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        f"--IdentityProvider.token={TOKEN}",
+        f"--ServerApp.root_dir={home}",
+    ]
     with (own / "log.txt").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", "jupyterlab", *words],
@@ -173,7 +181,7 @@ def wait_for(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None
     pytest.fail(f"JupyterLab did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
-def copy_notebooks(folder: Path, values: dict[str, object] = SMALL) -> None:
+def copy_notebooks(folder: Path, values: dict[str, object] = QUICK) -> None:
     """Copy all notebooks with other values in their parameters cells."""
     folder.mkdir(parents=True)
     for path in NOTEBOOKS:
@@ -229,6 +237,14 @@ def run_all() -> Callable[[Page], dict[str, Any]]:
     return ran
 
 
+HEIGHT = """() => {
+  const cells = document.querySelector('.jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer');
+  if (cells) cells.scrollTop = 0;
+  return cells ? [...cells.querySelectorAll('.jp-Cell')].reduce((sum, cell) => sum + cell.offsetHeight + 10, 0)
+               : document.documentElement.scrollHeight;
+}"""
+
+
 @pytest.fixture
 def shoot() -> Callable[[Page, str], Path]:
     """`shoot(page, name)` keeps a picture of a whole notebook (or page) and returns its path."""
@@ -236,11 +252,10 @@ def shoot() -> Callable[[Page, str], Path]:
     def shot(page: Page, name: str, *, tall: bool = True) -> Path:
         SHOTS.mkdir(parents=True, exist_ok=True)
         if tall:
-            selector = "(document.querySelector('.jp-mod-current .jp-WindowedPanel-outer, .jp-WindowedPanel-outer')"
-            for _ in range(2):  # cells that come into view change the height
-                height = page.evaluate(f"() => {selector} || document.documentElement).scrollHeight")
-                page.set_viewport_size({"width": 1400, "height": min(14_000, int(height) + 120)})
-                page.wait_for_timeout(300)
+            page.evaluate("() => window.jupyterapp?.shell.collapseLeft()")
+            for _ in range(2):  # what comes into view may change the height
+                page.set_viewport_size({"width": 1400, "height": min(16_000, int(page.evaluate(HEIGHT)) + 120)})
+                page.wait_for_timeout(200)
         path = SHOTS / f"{name}.png"
         page.screenshot(path=path)
         return path

@@ -1,7 +1,7 @@
 """A real JupyterLab on copies of the notebooks, and a real Chromium in front of it; both are skipped where missing.
 
-Everything is written to temporary folders: settings, workspaces, the notebooks' outputs. Pictures of the pages go to the
-folder that BROWSER_SHOTS names, outputs/browser by default.
+Everything is written to temporary folders: settings, workspaces, the notebooks' outputs. Pictures of the pages go to
+the folder that BROWSER_SHOTS names, outputs/browser by default.
 """
 
 import json
@@ -138,9 +138,9 @@ def lab_server(chromium: str, tmp_path_factory: pytest.TempPathFactory) -> Itera
         path = own / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values), encoding="utf-8")
-    folders = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime",
-               "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}  # fmt: skip
-    places = {name: str(own / folder) for name, folder in folders.items()}
+    kinds = ("JUPYTER_CONFIG", "JUPYTER_DATA", "JUPYTER_RUNTIME", "JUPYTERLAB_SETTINGS", "JUPYTERLAB_WORKSPACES")
+    places = {f"{kind}_DIR": str(own / kind.partition("_")[2].lower()) for kind in kinds}
+    places["IPYTHONDIR"] = str(own / "ipython")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]

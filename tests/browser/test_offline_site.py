@@ -35,17 +35,18 @@ def test_pages_open_from_disk_and_link_to_each_other(
     assert (sum(int(part) for part in ground[4:-1].split(",")) > 384) == (scheme == "light")
     shoot(page, f"site-{scheme}")
     page.get_by_role("table").get_by_role("link", name="01_widgets").click()
+    page.locator("#twin").wait_for(state="visible")
     assert page.title().startswith("01_widgets")
-    assert page.locator("#twin").is_visible()
     assert page.locator("math").first.bounding_box()["width"] > 20  # type: ignore[index]  # drawn, so it has a box
     page.get_by_role("link", name="00_figures").first.click()
     picture = page.locator(".cell_output img")
+    picture.wait_for(state="visible")
     assert picture.evaluate("(node) => node.complete && node.naturalWidth > 0")
     assert picture.evaluate("(node) => getComputedStyle(node).backgroundColor") == "rgb(255, 255, 255)"
     shoot(page, f"site-figures-{scheme}")
     page.goto(index)
     page.get_by_role("link", name="The report of this run").click()
-    assert "Run report" in page.content()
+    page.get_by_role("heading", name="Run report").wait_for(state="visible")
     assert console_errors.found == []
 
 

@@ -240,7 +240,7 @@ class Live:
 
 
 class _Shown:
-    """A figure's output, replaced in place. plotly's figures show themselves, each time below, so only data is shown."""
+    """A figure that is replaced in place: its data is shown, for plotly's figures show themselves, each time anew."""
 
     def __init__(self, figure: Any) -> None:
         from IPython.display import display

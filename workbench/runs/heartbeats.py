@@ -127,7 +127,7 @@ def plain_numbers(numbers: dict[str, Any]) -> dict[str, float | None]:
 def show_bar(clock: Clock, stage: str, step: int, total: int, numbers: dict[str, float]) -> None:
     """Move the notebook's progress bar; the plain one where widgets are not installed."""
     before = next((other for name, other in CLOCKS.items() if follows(stage, name) and other.bar is not None), None)
-    if clock.bar is None and before is not None and before.bar.total == total and step > before.bar.n:
+    if clock.bar is None and before is not None and before.bar.total == total and step >= before.bar.n:
         clock.bar, before.bar = before.bar, None  # the next condition of one count: one bar for all of them
         clock.bar.set_description(stage, refresh=False)
     if clock.bar is None:

@@ -16,6 +16,7 @@ from tests.browser.conftest import ConsoleErrors, LabServer
 from tests.test_notebooks import NOTEBOOKS
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
+PLOTLY = "application/vnd.plotly.v1+json"
 KERNEL = "() => jupyterapp.shell.currentWidget.context.sessionContext.session?.kernel?.status ?? null"
 CURVES = "() => jupyterapp.shell.currentWidget.node.querySelectorAll('.js-plotly-plot').length"
 
@@ -40,9 +41,11 @@ def test_all_cells_run_in_the_browser(
     saved = json.loads((lab_server.home / "notebooks" / path.name).read_text(encoding="utf-8"))
     executed = [cell for cell in saved["cells"] if cell["cell_type"] == "code" and cell["execution_count"]]
     assert len(executed) == found["cells"]
-    drawn = [output for cell in executed for output in cell["outputs"] if "image/svg+xml" in output.get("data", {})]
+    drawn = [output for cell in executed for output in cell["outputs"] if PLOTLY in output.get("data", {})]
     assert page.evaluate(CURVES) == len(drawn)
-    assert len({json.dumps(output["data"]) for output in drawn}) == len(drawn)  # a live curve is one, not one an update
+    assert len({json.dumps(output["data"][PLOTLY]) for output in drawn}) == len(
+        drawn
+    )  # a live curve is one, not one an update
 
 
 def trust(path: Path, lab_server: LabServer) -> None:
@@ -67,7 +70,7 @@ def test_live_and_still_forms_are_seen_without_a_kernel(
         if name == "00_figures":  # as a viewer without plotly sees it
             for cell in book["cells"]:
                 for output in cell.get("outputs", []):
-                    output.get("data", {}).pop("application/vnd.plotly.v1+json", None)
+                    output.get("data", {}).pop(PLOTLY, None)
         path.write_text(json.dumps(book), encoding="utf-8")
         trust(path, lab_server)
         open_notebook(page, path.name, kernel=False)

@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help environment run class test outside lab bench lab-model doctor lint format types lock reasoning-gym clean clean-all
+.PHONY: help environment run class site test outside lab bench lab-model doctor lint format types lock reasoning-gym clean clean-all
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -69,6 +69,11 @@ run: $(STAMP)  ## the whole tour on the lab model: all notebooks, a table and a 
 class: $(STAMP)  ## the student's and the teacher's version of every notebook, in outputs/class
 	$(PY) -m workbench class $(ARGS)
 
+# Made from the newest complete run, or: make site RUN=outputs/NAME
+RUN ?=
+site: $(STAMP) .outside/site/.complete  ## the newest run's notebooks as pages that open offline: outputs/site/index.html
+	$(PY) -m workbench site $(RUN) --out outputs/site $(ARGS)
+
 lab: $(STAMP)  ## JupyterLab on this machine only, with its access token on
 	$(PY) -m jupyterlab --ip=127.0.0.1 $(ARGS)
 
@@ -89,15 +94,17 @@ test: $(STAMP)  ## all tests, doctests included (a part: make test ARGS="-k stee
 	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Other libraries, each in an environment of its own, because they hold transformers under 5 or numpy under 2.
-# The stamp is again last. What can't be installed is told and not fatal: its tests say that they were skipped.
-OUTSIDE := steering-vectors repeng
+# The stamp is again last. What can't be installed is told and not fatal: its tests say that they were skipped. `site` is
+# no library to compare with but the tool that makes pages: its own environment keeps .venv small.
+OUTSIDE := steering-vectors repeng site
+OUTSIDE_SIZE = $(if $(filter site,$*),0.2 GB,1.4 GB; 7 GB with CUDA)
 $(OUTSIDE:%=.outside/%/.complete): .outside/%/.complete: requirements-outside-%.lock
 	@mkdir -p .outside && printf '*\n' >.outside/.gitignore
-	@$(MAKE) --no-print-directory venv VENV=.outside/$* SIZE='1.4 GB; 7 GB with CUDA' && \
+	@$(MAKE) --no-print-directory venv VENV=.outside/$* SIZE='$(OUTSIDE_SIZE)' && \
 	.outside/$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --no-compile \
 		--only-binary :all: -r requirements-outside-$*.lock && touch $@ || printf '%s\n' \
-		'$* could not be installed, so the tests beside it are skipped. It needs a network or a filled pip cache, and' \
-		'repeng Python 3.11 or 3.12 (numpy under 2). To try again: make outside PYTHON=/path/to/python3.12'
+		'$* could not be installed, so what needs it is refused or skipped. It needs a network or a filled pip cache, and' \
+		'repeng Python 3.11 or 3.12 (numpy under 2). To try again: make .outside/$*/.complete PYTHON=/path/to/python3.12'
 
 # What runs models of ours in its own process can't have an environment of its own: the evaluation harnesses, and of what
 # they need only what .venv lacks or has in a version that they refuse, lie in a folder that their tests alone see.

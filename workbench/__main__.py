@@ -1,4 +1,4 @@
-"""Commands: `python -m workbench run | sweep | status | compare | export | parameters | report | class | doctor`.
+"""The command line: `python -m workbench run | sweep | status | compare | export | report | site | class | doctor | ...`.
 
 Thin: each command reads its words, calls one function and prints. Bad input ends with exit code 2 before any work, a
 failed run with 1 and the next command to type.
@@ -153,6 +153,23 @@ def report(folder: Annotated[Path, typer.Argument(help="a run folder")]) -> None
     if not folder.is_dir():
         end(f"there is no folder {folder}. Start a run: python -m workbench run --out {folder}", 2)
     print(write_report(folder))
+
+
+@app.command()
+def site(
+    folder: Annotated[Path | None, typer.Argument(help="a run folder; by default the newest complete one")] = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for the pages")] = Path("outputs/site"),
+) -> None:
+    """Write a run's executed notebooks as pages that open offline."""
+    from workbench.report.site import TOOL, newest, write_site
+
+    home = project_root()
+    try:
+        print(write_site(folder or newest(home / "outputs", say), out, tool=home / TOOL, say=say))
+    except ValueError as error:
+        end(str(error), 2)
+    except OSError as error:
+        end(f"the pages could not be written: {error}. Free space or choose another --out.", 1)
 
 
 @app.command()

@@ -144,9 +144,9 @@ def tune(
 
     def settle(choices: Candidates) -> list[Arm]:
         found = []
-        for place, (name, options) in enumerate(choices.items()):
-            heartbeat("calibrate", place, len(choices))
+        for place, (name, options) in enumerate(choices.items(), start=1):
             found.append(_brought(lm, name, options, prompts, budget, kl_tokens))
+            heartbeat("calibrate", place, len(choices))
         cells = [({"arm": arm.name}, arm.change) for options in found for arm in options if arm.change is not None]
         if not cells:
             return [options[0] for options in found]

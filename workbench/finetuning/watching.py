@@ -222,7 +222,7 @@ class Live:
     """
 
     def __init__(self, show: Callable[[Any], Any] | None = None) -> None:
-        self.show, self.drawn = show or _display, 0.0
+        self.show, self.drawn = show or _Shown, 0.0
         self.handle: Any = None
 
     def __call__(self, rows: Sequence[dict[str, float]], over: bool = False) -> None:
@@ -239,10 +239,16 @@ class Live:
         self.drawn = time.monotonic()
 
 
-def _display(figure: Any) -> Any:
-    from IPython.display import display
+class _Shown:
+    """A figure that is replaced in place: its data is shown, for plotly's figures show themselves, each time anew."""
 
-    return display(figure, display_id=True)
+    def __init__(self, figure: Any) -> None:
+        from IPython.display import display
+
+        self.handle = display(figure._repr_mimebundle_(), raw=True, display_id=True)
+
+    def update(self, figure: Any) -> None:
+        self.handle.update(figure._repr_mimebundle_(), raw=True)
 
 
 def live_in_a_notebook() -> Live | None:

@@ -74,6 +74,7 @@ def template() -> go.layout.Template:
         "ticks": "outside",
         "automargin": True,
         "zeroline": False,
+        "title": {"standoff": 12},  # else a title stands in wide tick labels
     }
     title = {"x": 0.0, "xref": "paper", "xanchor": "left", "font": {"size": 17}}
     return go.layout.Template(

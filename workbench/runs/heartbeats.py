@@ -126,6 +126,10 @@ def plain_numbers(numbers: dict[str, Any]) -> dict[str, float | None]:
 
 def show_bar(clock: Clock, stage: str, step: int, total: int, numbers: dict[str, float]) -> None:
     """Move the notebook's progress bar; the plain one where widgets are not installed."""
+    before = next((other for name, other in CLOCKS.items() if follows(stage, name) and other.bar is not None), None)
+    if clock.bar is None and before is not None and before.bar.total == total and step >= before.bar.n:
+        clock.bar, before.bar = before.bar, None  # the next condition of one count: one bar for all of them
+        clock.bar.set_description(stage, refresh=False)
     if clock.bar is None:
         from tqdm.auto import tqdm
 
@@ -135,6 +139,11 @@ def show_bar(clock: Clock, stage: str, step: int, total: int, numbers: dict[str,
     clock.bar.update(step - clock.bar.n)
     if step >= total:
         clock.bar.close()
+
+
+def follows(stage: str, other: str) -> bool:
+    """Tell if two stages are parts of one piece of work: `evaluate plain`, `evaluate tuned`."""
+    return stage != other and stage.partition(" ")[0] == other.partition(" ")[0]
 
 
 def in_notebook() -> bool:

@@ -1,4 +1,4 @@
-"""The command line: `python -m workbench run | sweep | status | compare | export | report | site | class | doctor | ...`.
+"""The command line: `python -m workbench run | sweep | status | compare | report | site | class | doctor | ...`.
 
 Thin: each command reads its words, calls one function and prints. Bad input ends with exit code 2 before any work, a
 failed run with 1 and the next command to type.

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from workbench.synthesis.reviewing import read_reviews, review_agreement, reviewed
     from workbench.tasks import Task, Verdict, load_task, task_names
     from workbench.teaching import check, check_prediction
-    from workbench.widgets import rate, review, show_tokens
+    from workbench.widgets import rate, review, show_tokens, watch
 
 __version__ = "0.1.0"
 
@@ -112,7 +112,7 @@ _HOMES = {
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
     "workbench.teaching": ("check", "check_prediction"),
-    "workbench.widgets": ("rate", "review", "show_tokens"),
+    "workbench.widgets": ("rate", "review", "show_tokens", "watch"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
@@ -129,7 +129,7 @@ __all__ = [
     "perplexity", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate", "read_pairs",
     "read_results", "read_reviews", "read_votes", "refusals", "reinforce", "report", "review", "review_agreement",
     "reviewed", "runs", "show_tokens", "statistics", "sweep",
-    "synthesize", "task_names", "trace", "train_vector",
+    "synthesize", "task_names", "trace", "train_vector", "watch",
 ]  # fmt: skip
 
 

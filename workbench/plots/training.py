@@ -55,7 +55,8 @@ def training_curve(rows: Table) -> go.Figure:
 
 def _numbers(row: Row) -> str:
     """Speed of the last step, for the title."""
-    said = f", {row['tokens_per_second']:.3g} tokens/s" if row.get("tokens_per_second") else ""
+    rate = row.get("tokens_per_second")
+    said = f", {rate:{',.0f' if rate >= 100 else '.3g'}} tokens/s" if rate else ""
     return said + (f", MFU {row['mfu']:.0%}" if row.get("mfu") else "")
 
 

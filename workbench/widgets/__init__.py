@@ -4,8 +4,9 @@ Leans on ipywidgets. What a control does is decided elsewhere (`judging.votes`, 
 here it only gets buttons.
 """
 
+from workbench.widgets.following import Following, watch
 from workbench.widgets.rating import Rating, rate
 from workbench.widgets.reviewing import Reviewing, review
 from workbench.widgets.strip import show_tokens
 
-__all__ = ["Rating", "Reviewing", "rate", "review", "show_tokens"]
+__all__ = ["Following", "Rating", "Reviewing", "rate", "review", "show_tokens", "watch"]

@@ -4,7 +4,10 @@ JupyterLab's colours are CSS variables; a page without them gets readable ones. 
 """
 
 from html import escape
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 INK = "var(--jp-ui-font-color1, currentColor)"
 FAINT = "var(--jp-ui-font-color2, GrayText)"
@@ -23,6 +26,15 @@ def prose(name: str, text: str) -> str:
         f"<div style='color:{FAINT};font-size:0.85em'>{escape(name)}</div>"
         f"<pre style='{_TEXT}'>{escape(text)}</pre></div>"
     )
+
+
+def card(fig: "go.Figure") -> str:
+    """A figure's still picture with its alt text on a card of its own, light in every theme: its colours need it."""
+    from workbench.plots.palette import CARD
+    from workbench.report.svg import figure_to_svg
+
+    look = f"background:{CARD};border:1px solid {EDGE};border-radius:8px;padding:10px;margin:6px 0;max-width:960px"
+    return f"<div style='{look}'>{figure_to_svg(fig)}</div>"
 
 
 def html(text: str) -> Any:

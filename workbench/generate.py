@@ -87,6 +87,7 @@ def generate(
     seeds = _one_seed_a_row(seed, len(texts))
     own = _one_limit_a_row(limits, decoding, len(texts))
     _check_context(lm, texts, own)
+    _check_memory(lm, texts, own)
     _check_bias(lm, decoding)
     results: dict[int, Generation] = {}
     for members in weight_groups(wanted):
@@ -182,6 +183,19 @@ def _batches(rows: Sequence[Row], lm: LM, decoding: Decoding, batch_size: int | 
         order = order[size:]
 
 
+def _check_memory(lm: LM, texts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+    """Refuse a row that can't fit alone; a CPU's memory ends with the process killed, a GPU's with an error."""
+    if lm.device.type == "cuda" or not texts:
+        return
+    prompt, new = max(((len(text), limit) for text, limit in zip(texts, limits, strict=True)), key=sum)
+    needed, free = (prompt + new) * bytes_a_token(lm), psutil.virtual_memory().available
+    if needed > free:
+        raise ModelError(
+            f"A prompt of {prompt} tokens and {new} new ones need a cache of about {needed:,} bytes, more than the "
+            f"{free:,} that are free. Ask for at most {max(0, free // bytes_a_token(lm) - prompt):,} new tokens."
+        )
+
+
 def token_budget(lm: LM, most_on_cpu: int) -> int:
     """Tokens of cache that a batch may fill: a constant on a CPU, half of the free memory on a GPU."""
     size = bytes_a_token(lm)
@@ -201,7 +215,11 @@ def _with_halving(
         failed = False
         try:
             decode(lm, session, rows, decoding, on_token)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            from workbench.finetuning.microbatch import is_out_of_memory
+
+            if not is_out_of_memory(error):
+                raise
             if len(rows) == 1:
                 raise ModelError(
                     f"Out of memory on a single prompt of {len(rows[0].prompt)} tokens. Ask for fewer new tokens, or "

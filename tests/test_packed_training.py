@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from tests.tiny import FAMILIES, make_tiny, tiny_config, tiny_tokenizer
 from workbench.files import sha256
 from workbench.finetuning import _packing, callbacks, finetune
+from workbench.finetuning import trainer as training
 from workbench.finetuning.packing import IGNORED, Example, encode_all, leak
 from workbench.models import LM, load_model
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 from tests.tiny import FAMILIES, make_tiny, tiny_config, tiny_tokenizer
 from workbench.files import sha256
-from workbench.finetuning import _packing, finetune
+from workbench.finetuning import _packing, callbacks, finetune
 from workbench.finetuning import trainer as training
 from workbench.finetuning.packing import IGNORED, Example, encode_all, leak
 from workbench.models import LM, load_model
@@ -280,7 +280,7 @@ def test_resuming_in_the_middle_of_an_epoch_with_accumulation(
             if step == 3:
                 raise KeyboardInterrupt
 
-        patched.setattr(training, "heartbeat", stop)
+        patched.setattr(callbacks, "heartbeat", stop)
         with pytest.raises(KeyboardInterrupt):
             finetune(lm, records, killed, **options)
     for out in (killed, straight):

@@ -226,7 +226,7 @@ def test_lens_grid_shows_the_first_guess_of_every_layer():
     assert [note.text.split() for note in notes] == [["·The", "0.60"]] * 4 + [["a·very·long·t…", "0.20"]] * 4
     assert len({len(note.text) for note in notes}) == 1  # one width, whatever the guess
     assert {(note.x, note.y) for note in notes} == {(x, y) for x in (0, 1) for y in range(4)}
-    assert notes[0].bgcolor == "rgba(0, 0, 0, 0.3)"
+    assert notes[0].bgcolor == "rgba(0, 0, 0, 0.27)"
     assert fig.layout.xaxis.ticktext == ("plain", "random")
     assert "plain: 0 ' The' 0.60" in fig.layout.meta["alt"]
 

@@ -249,7 +249,7 @@ class Killed(BaseException):
 def test_interrupted_and_resumed_equals_uninterrupted(
     method: Any, begin: bool, lm: LM, start: Adapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workbench.finetuning import trainer as training
+    from workbench.finetuning import callbacks
 
     pairs = preference_pairs(RECORDS, per_question=2)
     options = QUICK | {"start": start if begin else None, "rank": None if begin else 4, "epochs": 2, "save_steps": 4}
@@ -260,7 +260,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "heartbeat", die)
+        patched.setattr(callbacks, "heartbeat", die)
         with pytest.raises(Killed):
             prefer(lm, pairs, tmp_path / "killed", method, **options)
     assert not (tmp_path / "killed" / "training.json").exists()

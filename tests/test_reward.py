@@ -192,7 +192,7 @@ class Killed(BaseException):
 def test_interrupted_and_resumed_equals_uninterrupted(
     more: dict[str, Any], lm: LM, start: Adapter, word_problems: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workbench.finetuning import trainer as training
+    from workbench.finetuning import callbacks
 
     options = QUICK | {"steps": 6, "save_steps": 2, "start": start} | more
 
@@ -202,7 +202,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
             raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "heartbeat", die)
+        patched.setattr(callbacks, "heartbeat", die)
         with pytest.raises(Killed):
             reinforce(lm, word_problems, tmp_path / "killed", reward=vowels, **options)
     reports = []

@@ -54,9 +54,10 @@ if TYPE_CHECKING:
     from workbench.synthesis import synthesize
     from workbench.synthesis.mixing import mix
     from workbench.synthesis.records import Data, load_data
+    from workbench.synthesis.reviewing import read_reviews, review_agreement, reviewed
     from workbench.tasks import Task, Verdict, load_task, task_names
     from workbench.teaching import check, check_prediction
-    from workbench.widgets import rate, show_tokens
+    from workbench.widgets import rate, review, show_tokens, watch
 
 __version__ = "0.1.0"
 
@@ -105,12 +106,13 @@ _HOMES = {
     "workbench.served": ("connect",),
     "workbench.synthesis.mixing": ("mix",),
     "workbench.synthesis.records": ("Data", "load_data"),
+    "workbench.synthesis.reviewing": ("read_reviews", "review_agreement", "reviewed"),
     "workbench.sweeps": ("Sweep", "sweep"),
     "workbench.results": ("Results", "load_results"),
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
     "workbench.teaching": ("check", "check_prediction"),
-    "workbench.widgets": ("rate", "show_tokens"),
+    "workbench.widgets": ("rate", "review", "show_tokens", "watch"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
@@ -125,8 +127,9 @@ __all__ = [
     "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model",
     "load_results", "load_task", "logit_lens", "loglikelihoods", "merge", "minimal_pairs", "mix", "multiple_choice",
     "perplexity", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate", "read_pairs",
-    "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "show_tokens", "statistics", "sweep",
-    "synthesize", "task_names", "trace", "train_vector",
+    "read_results", "read_reviews", "read_votes", "refusals", "reinforce", "report", "review", "review_agreement",
+    "reviewed", "runs", "show_tokens", "statistics", "sweep",
+    "synthesize", "task_names", "trace", "train_vector", "watch",
 ]  # fmt: skip
 
 

@@ -92,6 +92,7 @@ def generate(
     seeds = _one_seed_a_row(seed, len(texts))
     own = _one_limit_a_row(limits, decoding, len(texts))
     _check_context(lm, texts, own)
+    _check_memory(lm, texts, own)
     _check_bias(lm, decoding)
     results: dict[int, Generation] = {}
 
@@ -179,6 +180,19 @@ def _check_bias(lm: LM, decoding: Decoding) -> None:
         raise ModelError(f"bias names token {wrong[0]}, and {lm.name!r} has the tokens 0 to {size - 1}.")
 
 
+def _check_memory(lm: LM, texts: Sequence[Sequence[int]], limits: Sequence[int]) -> None:
+    """Refuse a row that can't fit alone; a CPU's memory ends with the process killed, a GPU's with an error."""
+    if lm.device.type == "cuda" or not texts:
+        return
+    prompt, new = max(((len(text), limit) for text, limit in zip(texts, limits, strict=True)), key=sum)
+    needed, free = (prompt + new) * bytes_a_token(lm), psutil.virtual_memory().available
+    if needed > free:
+        raise ModelError(
+            f"A prompt of {prompt} tokens and {new} new ones need a cache of about {needed:,} bytes, more than the "
+            f"{free:,} that are free. Ask for at most {max(0, free // bytes_a_token(lm) - prompt):,} new tokens."
+        )
+
+
 def token_budget(lm: LM, most_on_cpu: int) -> int:
     """Tokens of cache that a batch may fill: a constant on a CPU, half of the free memory on a GPU."""
     size = bytes_a_token(lm)
@@ -231,6 +245,8 @@ def _run(
     settle: Callable[[Sequence[Row]], None],
 ) -> None:
     """Tell of every row once it is done; when memory runs out, those that are not begin anew, half as many at once."""
+    from workbench.finetuning.microbatch import is_out_of_memory
+
     while waiting.rows:
         begun = waiting.take()
         left = {row.number: row for row in begun}
@@ -246,7 +262,9 @@ def _run(
         failed = False
         try:
             decode(lm, session, begun, decoding, on_token, more=more, done=done)
-        except (torch.OutOfMemoryError, MemoryError):
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             failed = True  # go on outside of the except block: the traceback keeps the batch's tensors alive
         if failed:
             done([row for row in left.values() if row.over])

@@ -118,6 +118,7 @@ def sweep(
     from workbench.finetuning.grids import RECIPE
 
     home = Path(out)
+    (home / "cancel").unlink(missing_ok=True)
     index = _begin(lm, data, home, grid, held_out, keep, rung, settings)
 
     def go_on(names: Sequence[str], until: float) -> None:

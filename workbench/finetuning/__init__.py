@@ -23,6 +23,7 @@ from workbench.finetuning.folders import ADAPTER_FILES, finished, goes_on, note_
 from workbench.finetuning.methods import Method, packing_reason, trainable
 from workbench.finetuning.options import Watching, held_out_records
 from workbench.finetuning.recipe import Recipe, kept_records, make_recipe, records_key
+from workbench.finetuning.stopping import Attended, attended, listening
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import Data, Record, claim_folder
 
@@ -94,12 +95,13 @@ def finetune(
     )  # fmt: skip
     scored = None if held_out is None else held_out_records(*kept_records(held_out), records)
     watching = Watching(scored, task, watch, memory, until, fastest)
-    return _run(lm, records, where, recipe, Path(out), rate_reason, weights, start, watching)
+    with attended(Path(out), "finetune") as own:
+        return _run(lm, records, where, recipe, Path(out), rate_reason, weights, start, watching, own)
 
 
 def _run(
     lm: "LM", records: list[Record], where: str, recipe: Recipe, out: Path, rate_reason: str, weights: "Weigh | None",
-    start: Adapter | None, watching: Watching,
+    start: Adapter | None, watching: Watching, own: Attended,
 ) -> Adapter | Path:  # fmt: skip
     base = {"name": lm.name, "revision": lm.revision}
     settings: dict[str, Any] = {
@@ -121,6 +123,7 @@ def _run(
         settings |= {"weights": content_key(weights=weights_key(examples))}
         if finished(out, settings):
             return result_of(out, recipe.method)
+    own.check()
     scored, unscored = _held_out(lm, watching, recipe)
     wanted, begun = goes_on(out, lm, recipe.quantization)
     lengths = [len(example.input_ids) for example in examples]
@@ -128,12 +131,14 @@ def _run(
     planned = replace(planned, reasons=planned.reasons | ({"quantization": begun} if begun else {}))
     claim_folder(out, settings, "finetune")
     note_begun(out, lm, planned.quantization)
+    own.report.begin("preparing")
     _say(f"learning rate: {rate_reason}", *unscored, *(f"{name}: {text}" for name, text in planned.reasons.items()))
     learnt_tokens = sum(label != IGNORED for example in examples for label in example.labels)
     used = {"used": len(examples), "left_out": dropped, "learnt_tokens": learnt_tokens}
     report = {"settings": settings, "base": base, "parameters": asdict(recipe), "records": used}
-    done = _train(lm, examples, scored, recipe, planned, row, out, start, watching)
+    done = _train(lm, examples, scored, recipe, planned, row, out, start, watching, own)
     if done is None:  # paused
+        own.report.end("paused; the same call without until= goes on")
         return Adapter(out)
     report |= done
     write_card(out, report)
@@ -163,25 +168,30 @@ def _train(
     out: Path,
     start: Adapter | None,
     watching: Watching,
+    own: Attended,
 ) -> dict[str, Any] | None:
     """Load the base again, train, save; what happened, for training.json, or None where the run was paused."""
     from workbench.finetuning import trainer as training
+    from workbench.finetuning.callbacks import write_curve
     from workbench.finetuning.memory import growth
     from workbench.finetuning.preparing import set_up
 
     build = partial(_built, lm, examples, recipe, planned, row, start)
     variant, chosen = _variant(lm, recipe, planned, row, build) if watching.fastest else (None, {})
     with training.own_random_state(lm.device), training.quiet_libraries(), growth(lm.device, planned.tight) as grown:
+        own.check()
         trainer, packing = build(out / "checkpoints", variant)
-        estimate = set_up(lm, trainer, planned, recipe, row, out, scored, watching)
-        _say(f"packing: {packing}", estimate["text"])
-        ended, resumed = training.train(trainer, out / "checkpoints")
+        with listening(trainer.model, own):
+            estimate = set_up(lm, trainer, planned, recipe, row, out, scored, watching)
+            _say(f"packing: {packing}", estimate["text"])
+            trainer.watch.attended = own
+            ended, resumed = training.train(trainer, out / "checkpoints")
         measured = grown()
     if not ended:
         _pause(out, training.last_checkpoint(out / "checkpoints"), estimate["steps"])
         return None
     files = save_result(trainer, lm, recipe.method, out)
-    curve = training.write_curve(out / "losses.jsonl", trainer.state)
+    curve = write_curve(out / "losses.jsonl", trainer.state)
     speed = trainer.watch.speed.summary() if trainer.watch.speed else {}
     losses = [entry["loss"] for entry in curve if "loss" in entry]
     return {

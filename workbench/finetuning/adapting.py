@@ -21,6 +21,7 @@ from workbench.finetuning.base import load_base, process_peak
 from workbench.finetuning.folders import ADAPTER_FILES, finished, goes_on, note_begun
 from workbench.finetuning.methods import start_settings
 from workbench.finetuning.recipe import check_least, rate_for
+from workbench.finetuning.stopping import Attended, attended, listening
 from workbench.interventions.adapter import Adapter
 from workbench.synthesis.records import claim_folder
 
@@ -134,6 +135,11 @@ def check_above(values: Any, *names: str) -> None:
 
 def train_adapter(begin: Begin, job: Job, make: "Make") -> Adapter:
     """Train what `make` returns; write adapter, losses.jsonl and, last, training.json. Or return the finished one."""
+    with attended(begin.out, job.name) as own:
+        return _trained(begin, job, make, own)
+
+
+def _trained(begin: Begin, job: Job, make: "Make", own: Attended) -> Adapter:
     lm, out, shape = begin.lm, begin.out, begin.shape
     settings = {"base": {"name": lm.name, "revision": lm.revision}, "made_by": job.name, "data": job.data}
     settings |= asdict(shape) | asdict(job.recipe)
@@ -148,12 +154,13 @@ def train_adapter(begin: Begin, job: Job, make: "Make") -> Adapter:
     planned = plan(lm.model, shape.rank, shape.targets, job.tokens, wanted)
     claim_folder(out, settings, job.name)
     note_begun(out, lm, planned.quantization)
+    own.report.begin("preparing")
     reasons = {"learning rate": begin.rate_reason, **job.told, **planned.reasons}
     reasons |= {"quantization": begun} if begun else {}
     for name, text in reasons.items():
         print(f"{job.name}: {name}: {text}")
     report = {"settings": settings, "base": settings["base"], "parameters": asdict(job.recipe), "data": job.about}
-    report |= _train(begin, job, planned, make)
+    report |= _train(begin, job, planned, make, own)
     report["reasons"] = lm.reasons | reasons
     report["files"] = {name: sha256(out / name) for name in (*ADAPTER_FILES, "losses.jsonl")}
     write_atomic(out / "training.json", json.dumps(report, indent=2))
@@ -161,7 +168,7 @@ def train_adapter(begin: Begin, job: Job, make: "Make") -> Adapter:
     return Adapter(out)
 
 
-def _train(begin: Begin, job: Job, planned: "Plan", make: "Make") -> dict[str, Any]:
+def _train(begin: Begin, job: Job, planned: "Plan", make: "Make", own: Attended) -> dict[str, Any]:
     from transformers import PrinterCallback
 
     from workbench.finetuning import alignment
@@ -177,10 +184,15 @@ def _train(begin: Begin, job: Job, planned: "Plan", make: "Make") -> dict[str, A
             if parameter.requires_grad:  # TRL rounds adapters of 4-bit models to bfloat16, the start's values too
                 parameter.data = exact[name] if name in exact else parameter.data.float()
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(alignment.Curve(trainer, out / "losses.jsonl", job.name, job.names))
+        watch = alignment.Curve(trainer, out / "losses.jsonl", job.name, job.names)
+        watch.attended = own
+        trainer.add_callback(watch)
         clock = time.perf_counter()
         resumed = training.last_checkpoint(out / "checkpoints")
-        trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        with listening(trainer.model, own):
+            trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
+        if watch.cancelled:
+            raise own.cancelled()
     seconds = time.perf_counter() - clock
     _save(trainer, out)
     curve = alignment.write_points(out / "losses.jsonl", trainer.state, job.names)

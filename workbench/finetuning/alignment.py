@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, KTOConfig, KTOTrainer
 
 from workbench.files import write_atomic
-from workbench.finetuning.trainer import MARKER, Watch, _contents
+from workbench.finetuning.callbacks import MARKER, Watch, contents
 
 Tokens = dict[str, Any]  # prompt_ids, chosen_ids, rejected_ids; or prompt_ids, completion_ids, KL_completion_ids, label
 
@@ -59,7 +59,7 @@ class Curve(Watch):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A checkpoint counts once this marker is there."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        write_atomic(folder / MARKER, json.dumps(_contents(folder)))
+        write_atomic(folder / MARKER, json.dumps(contents(folder)))
         write_points(self.curve, state, self.names)
 
 

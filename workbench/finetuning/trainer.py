@@ -13,7 +13,7 @@ import json
 import random
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +25,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 from trl import SFTConfig, SFTTrainer
 
-from workbench.files import sha256, write_atomic
+from workbench.files import write_atomic
+from workbench.finetuning.callbacks import MARKER, Watch, contents
 from workbench.finetuning.microbatch import is_out_of_memory, record_lengths, split
 from workbench.finetuning.options import ShortOfMemory
 from workbench.finetuning.packing import IGNORED, Example
-from workbench.finetuning.watching import Live, Rows, Scoring, Speed, check_loss, curve_rows, held_out_loss
+from workbench.finetuning.watching import Live
 from workbench.finetuning.weighting import columns
 from workbench.interventions.adapter import quiet_peft
-from workbench.runs import heartbeat
-
-MARKER = "complete.json"
-SHOWN = ("loss", "eval_loss", "eval_accuracy", "grad_norm", "learning_rate", "tokens_per_second", "mfu")
 
 
 class QuietTrainer(SFTTrainer):
     """TRL's trainer without its usage ping and model cards; goes on in smaller micro-batches where memory runs out."""
 
-    watch: "Watch"
+    watch: Watch
     _total_train_tokens: int
 
     def _send_telemetry(self) -> None:
@@ -126,88 +119,12 @@ class QuietTrainer(SFTTrainer):
         )
 
 
-class Watch(TrainerCallback):
-    """Heartbeat, loss curve, speed, scores, markers of whole checkpoints; stops at a loss that is no number."""
-
-    def __init__(self, trainer: QuietTrainer, curve: Path, stage: str = "finetune") -> None:
-        self.trainer, self.curve, self.stage = trainer, curve, stage
-        self.speed: Speed | None = None
-        self.scoring: Scoring | None = None
-        self.show: Callable[[Rows], None] | None = None
-        self.pause: int | None = None
-        self.rows: Rows = []
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """TRL restarts its token counter on resume; the log of the checkpoint knows better."""
-        counts = [entry["num_tokens"] for entry in state.log_history if "num_tokens" in entry]
-        self.trainer._total_train_tokens = counts[-1] if counts else 0
-        self.rows = curve_rows(state)
-        if self.speed:
-            self.speed.resume(state.global_step)
-            fast = {row["step"]: row for row in self.speed.rows}
-            self.rows = [{**row, **fast.get(row["step"], {})} for row in self.rows]
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The clock of a step runs while it computes, not while checkpoints are written and scored."""
-        if self.speed:
-            self.speed.start(self.trainer._total_train_tokens)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Scores belong to the checkpoint that is about to be written, so that a resumed run has them too."""
-        if self.speed:
-            self.speed.stop(state.global_step, self.trainer._total_train_tokens)
-        if self.pause is not None and state.global_step >= self.pause:
-            control.should_save = control.should_training_stop = True
-        if control.should_save and self.scoring:
-            score: dict[str, float] = {"step": state.global_step}
-            if self.scoring.examples:
-                score["eval_loss"] = held_out_loss(self.trainer, self.scoring.examples, self.scoring.tokens)
-            if self.scoring.accuracy:
-                score["eval_accuracy"] = self.scoring.accuracy(self.trainer.model)
-                self.trainer.model.train()
-            state.log_history.append(score)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One line a step."""
-        entry = state.log_history[-1]
-        if "loss" not in entry:
-            return
-        check_loss("loss", entry["loss"], state.global_step, args.learning_rate)
-        row = curve_rows(TrainerState(log_history=state.log_history[-2:]))[-1]
-        fast = self.speed.rows[-1] if self.speed else {}
-        self.rows.append({**row, **fast})
-        shown = {name: value for name, value in self.rows[-1].items() if name in SHOWN}
-        heartbeat(self.stage, state.global_step, state.max_steps, **shown)
-        if self.show:
-            self.show(self.rows)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A checkpoint counts once this marker is there."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        write_atomic(folder / MARKER, json.dumps(_contents(folder)))
-        write_curve(self.curve, state)
-        if self.speed:
-            self.speed.write()
-
-
-def _contents(folder: Path) -> dict[str, str]:
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MARKER)
-    return {file.relative_to(folder).as_posix(): sha256(file) for file in files}
-
-
-def write_curve(file: Path, state: TrainerState) -> Rows:
-    """The loss curve so far, a JSON object a step; see `watching.curve_rows`."""
-    curve = curve_rows(state)
-    write_atomic(file, "".join(json.dumps(entry) + "\n" for entry in curve))
-    return curve
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest complete checkpoint; torn ones are named and removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     for checkpoint in found:
         marker = checkpoint / MARKER
-        if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == _contents(checkpoint):
+        if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == contents(checkpoint):
             return checkpoint
         print(f"{checkpoint} is not complete (a kill tore it); going back to the one before.", file=sys.stderr)
         shutil.rmtree(checkpoint)
@@ -232,6 +149,8 @@ def train(trainer: QuietTrainer, checkpoints: Path) -> tuple[bool, int]:
         trainer.watch.speed.write()
     if isinstance(trainer.watch.show, Live):
         trainer.watch.show(trainer.watch.rows, over=True)
+    if trainer.watch.cancelled and trainer.watch.attended:
+        raise trainer.watch.attended.cancelled()
     return trainer.state.global_step >= trainer.state.max_steps, step
 
 

@@ -7,7 +7,7 @@ questions. Not covered: weights for near misses.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -41,7 +41,12 @@ class Agreement:
 
 
 def agreement(
-    votes: Mapping[str, Votes], gold: Results | None = None, *, resamples: int = 1000, seed: int = 0
+    votes: Mapping[str, Votes],
+    gold: Results | None = None,
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+    labels: Sequence[str] = LABELS,
 ) -> Agreement:
     """Compare raters with each other and, with `gold`, with the verifier (`correct`) as one more rater.
 
@@ -50,6 +55,7 @@ def agreement(
     verdict counts as 'tie': it has no preference that survives the order. Unparsed and skipped ones are missing.
     gold: the results that were judged; its verdict is the only right answer, else 'tie'. It needs one `Judged` or
     table of votes, which say what a and b are.
+    labels: what a mapping may hold besides None, where it is about something else than two answers.
 
     Raises ValueError for fewer than two raters, two comparisons of different conditions, or unknown verdicts.
 
@@ -57,7 +63,7 @@ def agreement(
     >>> found.pairs[["n", "share", "kappa"]].round(2).values.tolist()
     [[3.0, 0.67, 0.4]]
     """
-    raters, compared = _raters(votes)
+    raters, compared = _raters(votes, labels)
     right: dict[str, Interval] = {}
     if gold is not None:
         if compared is None:
@@ -82,7 +88,7 @@ def agreement(
         both = table[[one, other]].dropna()
         lines.append({"one": one, "other": other, **_two(both[one].tolist(), both[other].tolist(), resamples, seed)})
         counted = pd.crosstab(both[one], both[other]) if len(both) else pd.DataFrame()
-        confusion[one, other] = counted.reindex(index=LABELS, columns=LABELS, fill_value=0)
+        confusion[one, other] = counted.reindex(index=list(labels), columns=list(labels), fill_value=0)
     ratings = [table[name].tolist() for name in raters]
     everyone = krippendorff_interval(ratings, resamples=resamples, seed=seed)
     return Agreement(pd.DataFrame(lines), everyone, right, confusion, table)
@@ -104,7 +110,9 @@ def _two(first: list[str], second: list[str], resamples: int, seed: int) -> dict
     }  # fmt: skip
 
 
-def _raters(votes: Mapping[str, Votes]) -> tuple[dict[str, dict[str, str | None]], tuple[str, str] | None]:
+def _raters(
+    votes: Mapping[str, Votes], labels: Sequence[str]
+) -> tuple[dict[str, dict[str, str | None]], tuple[str, str] | None]:
     """Verdicts by rater, and the two conditions that they are about, where that is known."""
     raters: dict[str, dict[str, str | None]] = {}
     compared: set[tuple[str, str]] = set()
@@ -124,9 +132,9 @@ def _raters(votes: Mapping[str, Votes]) -> tuple[dict[str, dict[str, str | None]
     if len(compared) > 1:
         raise ValueError(f"The votes are about different conditions: {sorted(compared)}. Compare those about one pair.")
     for name, verdicts in raters.items():
-        wrong = [verdict for verdict in verdicts.values() if verdict is not None and verdict not in LABELS]
+        wrong = [verdict for verdict in verdicts.values() if verdict is not None and verdict not in labels]
         if wrong:
-            raise ValueError(f"{name!r} holds the verdict {wrong[0]!r}. Use one of: {', '.join(LABELS)}, or None.")
+            raise ValueError(f"{name!r} holds the verdict {wrong[0]!r}. Use one of: {', '.join(labels)}, or None.")
     return raters, next(iter(compared), None)
 
 

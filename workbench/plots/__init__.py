@@ -112,7 +112,7 @@ def kept_share(card: Mapping[str, Any]) -> go.Figure:
             x=[row["share"] for row in rows],
             y=names,
             orientation="h",
-            marker={"color": [KEPT] + [REJECTED] * (len(rows) - 1)},
+            marker={"color": [KEPT] + [faded(REJECTED, 0.55)] * (len(rows) - 1)},
             error_x=error_bars(rows, "share"),
             showlegend=False,
         )

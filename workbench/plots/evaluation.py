@@ -107,7 +107,7 @@ def robustness(table: Table) -> go.Figure:
             x=[row["perturbation"] for row in own],
             y=[row["rate"] for row in own],
             error_y=error_bars(own, "rate", thickness=2) | {"color": INK},
-            marker={"color": faded(colour(name), 0.75), "line": {"color": colour(name), "width": 1.5}},
+            marker={"color": faded(colour(name), 0.45), "line": {"color": colour(name), "width": 1.5}},
             name=name,
         )
         said = (f"{row['perturbation']} {row['rate']:.2f} {in_brackets(row, 'rate')}, n = {row['n']}" for row in own)

@@ -31,7 +31,7 @@ def lens_grid(lenses: Mapping[str, Table]) -> go.Figure:
     layers = sorted({layer for guesses in columns.values() for layer in guesses})
     notes = [
         {
-            "x": place, "y": layer, "bgcolor": faded(colour(name), 0.5 * share), "showarrow": False,
+            "x": place, "y": layer, "bgcolor": faded(colour(name), 0.45 * share), "showarrow": False,
             "text": f"{visible(guess, WIDTH)} {share:.2f} ".replace(" ", "\u00a0"), "font": MONO,
         }
         for place, (name, guesses) in enumerate(columns.items())

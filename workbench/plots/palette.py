@@ -2,7 +2,8 @@
 
 Colours are those of Okabe and Ito 2008 ("Color Universal Design", safe for the common kinds of colour blindness), with
 the muted set of Paul Tol 2021 for other names. A colour depends on the name alone, so the same condition looks the same
-in every notebook, whatever stands beside it; markers differ too, for print in grey.
+in every notebook, whatever stands beside it; markers differ too, for print in grey. A name that is not well known gets
+one of eight colours and one of five markers by its hash, so two such names may share a colour, seldom both.
 """
 
 from __future__ import annotations
@@ -63,6 +64,31 @@ def faded(hex_colour: str, alpha: float) -> str:
     """
     red, green, blue = (int(hex_colour[i : i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red}, {green}, {blue}, {alpha:g})"
+
+
+def luminance(rgb: tuple[float, float, float]) -> float:
+    """Relative luminance of a colour of 0..255 a channel, 0 for black and 1 for white, by WCAG 2.2's definition."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (channel / 255 for channel in rgb)]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: tuple[float, float, float], other: tuple[float, float, float]) -> float:
+    """WCAG's contrast ratio of two colours, from 1 to 21; text to be read by all needs 4.5.
+
+    >>> contrast((0, 0, 0), (255, 255, 255))
+    21.0
+    """
+    dark, light = sorted((luminance(one), luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def ink_on(rgb: tuple[float, float, float]) -> str:
+    """Black or white, whichever is read better on a colour: one of them always has a contrast above 4.5.
+
+    >>> ink_on((255, 255, 255)), ink_on((0, 114, 178))
+    ('#000000', '#ffffff')
+    """
+    return "#000000" if contrast(rgb, (0, 0, 0)) >= contrast(rgb, (255, 255, 255)) else "#ffffff"
 
 
 def template() -> go.layout.Template:

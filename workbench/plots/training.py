@@ -55,8 +55,8 @@ def training_curve(rows: Table) -> go.Figure:
 
 def _numbers(row: Row) -> str:
     """Speed of the last step, for the title."""
-    speed = float(f"{row.get('tokens_per_second') or 0:.3g}")  # 1430, not 1.43e+03
-    said = f", {speed:,.10g} tokens/s" if speed else ""
+    rate = row.get("tokens_per_second")
+    said = f", {rate:{',.0f' if rate >= 100 else '.3g'}} tokens/s" if rate else ""
     return said + (f", MFU {row['mfu']:.0%}" if row.get("mfu") else "")
 
 

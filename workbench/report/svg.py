@@ -12,6 +12,7 @@ import hashlib
 import html
 import io
 import re
+import threading
 from typing import Any
 
 import matplotlib
@@ -40,6 +41,7 @@ from workbench.report.svg_traces import (
     position,
 )
 
+DRAWING = threading.Lock()  # matplotlib keeps its settings in one place for all threads
 WIDTH, HEIGHT = 820, 440  # px; matplotlib is told 72 dpi, so that one point is one pixel
 
 
@@ -87,19 +89,40 @@ def figure_to_svg(fig: go.Figure) -> str:
     height = (layout.get("height") or HEIGHT) - margin["t"] - margin["b"]
     settings: Any = {"font.family": "DejaVu Sans", "svg.fonttype": "none", "svg.hashsalt": "workbench"}
     out = io.StringIO()
-    with matplotlib.rc_context(settings | {"text.parse_math": False, "font.size": 13}):
+    with DRAWING, matplotlib.rc_context(settings | {"text.parse_math": False, "font.size": 13}):
         canvas = Figure(figsize=(max(200, width) / 72, max(60, height) / 72), dpi=72)
-        axes = canvas.add_axes((0.0, 0.0, 1.0, 1.0))
-        names = {letter: categories(spec, letter) for letter in "xy"}
-        draw_traces(axes, spec, names)
-        for letter in "xy":
-            _draw_axis(axes, layout, letter, names[letter])
-        _draw_shapes(axes, layout, names)
-        _draw_notes(axes, layout, names)
-        _draw_frame(axes, spec)
+        above: Axes | None = None
+        for (bottom, top), part in _panels(spec):
+            axes = canvas.add_axes((0.0, bottom, 1.0, top - bottom), sharex=above)
+            names = {letter: categories(part, letter) for letter in "xy"}
+            draw_traces(axes, part, names)
+            for letter in "xy":
+                _draw_axis(axes, part["layout"], letter, names[letter])
+            _draw_shapes(axes, part["layout"], names)
+            _draw_notes(axes, part["layout"], names)
+            _draw_frame(axes, part)
+            if above is not None:
+                above.tick_params(labelbottom=False)
+            above = axes
         blank = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         canvas.savefig(out, format="svg", bbox_inches="tight", pad_inches=0.15, metadata=blank)
     return _inline(out.getvalue(), alt_text(fig))
+
+
+def _panels(spec: Spec) -> list[tuple[tuple[float, float], Spec]]:
+    """A figure's place and its parts: one, or two with a common x axis, a second y axis below the first."""
+    layout = spec["layout"]
+    below = layout.get("yaxis2") or {}
+    if "domain" not in below or below.get("overlaying"):
+        return [((0.0, 1.0), spec)]
+    upper = [trace for trace in spec["data"] if trace.get("yaxis", "y") != "y2"]
+    lower = [{**trace, "yaxis": "y"} for trace in spec["data"] if trace.get("yaxis") == "y2"]
+    first = {**layout, "xaxis": {**layout.get("xaxis", {}), "title": {}}}
+    second = {name: value for name, value in layout.items() if name not in ("title", "shapes", "annotations")}
+    return [
+        (tuple(layout["yaxis"]["domain"]), {"data": upper, "layout": first}),
+        (tuple(below["domain"]), {"data": lower, "layout": second | {"yaxis": below}}),
+    ]
 
 
 def decoded(value: Any) -> Any:
@@ -121,6 +144,8 @@ def _draw_axis(axes: Axes, layout: Spec, letter: str, names: list[str]) -> None:
     getattr(axes, f"set_{letter}label")(plain(nested(spec, "title", "text") or ""), fontsize=14, color=INK)
     if spec.get("type") == "log":
         getattr(axes, f"set_{letter}scale")("log")
+        axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))  # its own writes formulas
+        axis.set_minor_formatter(ticker.NullFormatter())
     if names:
         axis.set_ticks(range(len(names)), [plain(name) for name in names])
         limit(-0.6, len(names) - 0.4)

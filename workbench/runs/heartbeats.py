@@ -65,6 +65,13 @@ def heartbeat(stage: str, step: int, total: int, **numbers: float) -> None:
         CLOCKS.pop(stage, None)
 
 
+def forget(stage: str) -> None:
+    """The stage was broken off: its bar stands still, and the next report of this name begins anew."""
+    clock = CLOCKS.pop(stage, None)
+    if clock is not None and clock.bar is not None:
+        clock.bar.close()
+
+
 def report(beat: dict[str, Any]) -> None:
     """Write a beat to the run's file, or to standard error outside a run."""
     if folder := os.environ.get(FOLDER):

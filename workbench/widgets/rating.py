@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.judging.votes import Ballot, open_ballot
 from workbench.results import Results
+from workbench.widgets.cards import EDGE, INK, html
 
 if TYPE_CHECKING:
     from workbench.tasks import Task
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
 KEYS = {"1": "left", "2": "right", "3": "tie", "4": "skip", "u": "undo"}
 LABELS = {"left": "1  left is better", "right": "2  right is better", "tie": "3  tie", "skip": "4  skip",
           "undo": "u  undo"}  # fmt: skip
-_TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;margin:0"
-_CELL = "border:1px solid #888;padding:8px;vertical-align:top;text-align:left;width:50%"
+_TEXT = "white-space:pre-wrap;overflow-wrap:anywhere;margin:0;background:none;color:inherit"
+_CELL = f"border:1px solid {EDGE};color:{INK};padding:8px;vertical-align:top;text-align:left;width:50%"
 
 
 class Rating:
@@ -56,7 +57,7 @@ class Rating:
         for choice, button in self.buttons.items():
             button.disabled = done == 0 if choice == "undo" else showing is None
         if self._twin is not None:
-            self._twin.update(_html(twin_html(self.ballot)))
+            self._twin.update(html(twin_html(self.ballot)))
 
     def _typed(self, change: dict[str, Any]) -> None:
         for key in change["new"].lower():
@@ -69,7 +70,7 @@ class Rating:
         from IPython.display import display
 
         display(self.panel)
-        self._twin = display(_html(twin_html(self.ballot)), display_id=True)
+        self._twin = display(html(twin_html(self.ballot)), display_id=True)
 
 
 def rate(
@@ -111,9 +112,3 @@ def twin_html(ballot: Ballot) -> str:
     state = f"{escape(ballot.rater)} has rated {len(ballot.answered)} of {len(ballot.showings)} questions."
     where = f"Votes are in {escape(str(ballot.file))}; run this cell to go on."
     return f"<p>{state} {where}</p><table><tr><th>vote</th><th>n</th></tr>{cells}</table>{question_html(ballot)}"
-
-
-def _html(text: str) -> Any:
-    from IPython.display import HTML
-
-    return HTML(text)

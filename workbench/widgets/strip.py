@@ -9,7 +9,7 @@ from html import escape
 import numpy as np
 
 from workbench.generate import Generation
-from workbench.plots.palette import CARD, FONT, INK
+from workbench.plots.palette import CARD, FONT, INK, ink_on
 from workbench.token_readings import MEASURES, TokenReadings, read_tokens
 
 __all__ = ["Strip", "show_tokens", "shown", "strip_svg"]
@@ -24,9 +24,9 @@ def shown(token: str) -> str:
     """A token as it is written in the strip: spaces, line breaks and tabs are visible.
 
     >>> shown(" The"), shown(chr(10))
-    ('·The', '⏎')
+    ('·The', '↵')
     """
-    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥").replace("\r", "") or "∅"
+    return token.replace(" ", "·").replace("\n", "↵").replace("\t", "⇥").replace("\r", "") or "∅"
 
 
 def strip_svg(readings: TokenReadings, by: str = "kl", title: str = "") -> str:
@@ -46,7 +46,7 @@ def strip_svg(readings: TokenReadings, by: str = "kl", title: str = "") -> str:
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height}" width="{width:.0f}" '
         f'height="{height}" role="img" aria-label="{escape(words)}"><title>{escape(words)}</title>'
-        f'<rect width="100%" height="100%" fill="{CARD}"/>'
+        f'<rect width="100%" height="100%" rx="8" fill="{CARD}"/>'
     ]
     if title:
         parts.append(f'<text x="10" y="22" font-family="{FONT}" font-size="15" fill="{INK}">{escape(title)}</text>')
@@ -73,7 +73,7 @@ def _laid_out(texts: list[str], tokens: list[str]) -> tuple[list[tuple[int, int,
 
 def _token(text: str, x: float, y: float, share: float, acted: bool) -> str:
     colour = tuple(round(low + share * (high - low)) for low, high in zip(LOW, HIGH, strict=True))
-    ink = "#ffffff" if share > 0.55 else INK
+    ink = ink_on((colour[0], colour[1], colour[2]))
     mark = f'<rect x="{x:.1f}" y="{y + LINE - 5}" width="{len(text) * CELL - 1:.1f}" height="3" fill="#D55E00"/>'
     return (
         f'<rect x="{x:.1f}" y="{y}" width="{len(text) * CELL - 1:.1f}" height="{LINE - 6}" rx="2" '

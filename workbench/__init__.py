@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from workbench.synthesis.records import Data, load_data
     from workbench.tasks import Task, Verdict, load_task, task_names
     from workbench.teaching import check, check_prediction
-    from workbench.widgets import rate, show_tokens
+    from workbench.widgets import playground, rate, show_tokens
 
 __version__ = "0.1.0"
 
@@ -110,7 +110,7 @@ _HOMES = {
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
     "workbench.teaching": ("check", "check_prediction"),
-    "workbench.widgets": ("rate", "show_tokens"),
+    "workbench.widgets": ("playground", "rate", "show_tokens"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
@@ -124,9 +124,9 @@ __all__ = [
     "few_shot", "finetune", "finetune_stages", "fit_gate", "grade_answers", "head_attribution", "heads_writing",
     "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model",
     "load_results", "load_task", "logit_lens", "loglikelihoods", "merge", "minimal_pairs", "mix", "multiple_choice",
-    "perplexity", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate", "read_pairs",
-    "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "show_tokens", "statistics", "sweep",
-    "synthesize", "task_names", "trace", "train_vector",
+    "perplexity", "playground", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate",
+    "read_pairs", "read_results", "read_votes", "refusals", "reinforce", "report", "runs", "show_tokens", "statistics",
+    "sweep", "synthesize", "task_names", "trace", "train_vector",
 ]  # fmt: skip
 
 

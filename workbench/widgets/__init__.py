@@ -1,9 +1,22 @@
 """Live controls for notebooks, each with a static twin that a saved notebook shows without a kernel.
 
-Leans on ipywidgets. What a control does is decided elsewhere (`judging.votes`); here it only gets buttons.
+Leans on ipywidgets and anywidget, which are loaded when a control is first made. What a control does is decided
+elsewhere (`judging.votes`, `generate`, `grid`); here it only gets buttons and pictures.
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from workbench.widgets.rating import Rating, rate
 from workbench.widgets.strip import show_tokens
 
-__all__ = ["Rating", "rate", "show_tokens"]
+if TYPE_CHECKING:
+    from workbench.widgets.playing import Playground, playground
+
+__all__ = ["Playground", "Rating", "playground", "rate", "show_tokens"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Playground", "playground"):
+        return getattr(import_module("workbench.widgets.playing"), name)
+    raise AttributeError(f"workbench.widgets has no {name!r}. It has: {', '.join(__all__)}.")

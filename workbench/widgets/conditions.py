@@ -29,14 +29,15 @@ class SavedCondition:
 
 
 def save_condition(
-    out: Path | None, name: str, wish: Wish, interventions: Mapping[str, Intervention | None]
+    out: Path | None, name: str | None, wish: Wish, interventions: Mapping[str, Intervention | None]
 ) -> SavedCondition:
     """Write a wish's change and its source into `out`; ModelError where there is no folder, no change or no free name.
 
-    The same name may be used again for the same change.
+    name: None makes one of the dials. The same name may be used again for the same change.
     """
     if out is None:
         raise ModelError("There is no folder to save to. Next: wb.playground(lm, interventions, out=folder).")
+    name = own_name(wish) if name is None else name
     if not NAME.fullmatch(name) or name.endswith("."):
         raise ModelError(
             f"{name!r} is no name for a file. Use up to 80 letters, digits, spaces and . _ + -, the first a letter "
@@ -57,6 +58,17 @@ def save_condition(
     again = code(wish, source, f"wb.load_intervention({str(origin)!r})")
     lines = f"x = wb.load_intervention({str(file)!r})\n# the same, made anew:\nx = {again}"
     return SavedCondition(file, again, lines)
+
+
+def own_name(wish: Wish) -> str:
+    """A file's name that says what the dials say.
+
+    >>> own_name(Wish("my steps!", "", 0.8, 3, "last"))
+    'my-steps-0.8-layer3-last'
+    """
+    parts = [re.sub(r"[^A-Za-z0-9]+", "-", wish.name).strip("-") or "change", f"{wish.strength:g}"]
+    parts += [] if wish.layer is None else [f"layer{wish.layer}"]
+    return "-".join([*parts, wish.positions] if wish.positions else parts)[:80]
 
 
 def _bytes(x: Intervention) -> bytes:

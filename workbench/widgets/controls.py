@@ -93,7 +93,7 @@ class Controls:
             "map": button("Strength map", "accuracy by strength on a few tuning questions, at this layer and span"),
             "save": button("Save condition", "write this change to a file of the run folder"),
         }
-        self.file = w.Text(value="condition", description="name", layout=w.Layout(width="240px"), style=WIDE)
+        self.file = w.Text(placeholder="of the dials", description="name", layout=w.Layout(width="240px"), style=WIDE)
         self.figure, self.said = w.HTML(), w.HTML()
         self.said.add_class("wb-said")
 

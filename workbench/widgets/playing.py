@@ -124,10 +124,11 @@ class Playground:
         """Wait until nothing is under way; False where `timeout` seconds were not enough."""
         return self._worker.wait(timeout)
 
-    def save_condition(self, name: str) -> SavedCondition:
-        """Write the change that the dials describe to `out`, with the code that reproduces it.
+    def save_condition(self, name: str | None = None) -> SavedCondition:
+        """Write the change that the dials describe to `out`, with the code that makes it again.
 
-        Raises ModelError without a run folder, for the plain model, for a name that is no plain file name or is taken.
+        No name: one made of the dials. Raises ModelError without a run folder, for the plain model, for a name that is
+        no plain file name or is taken.
         """
         wish = self.controls.wish()
         self.saved = save_condition(self.out, name, wish, self.interventions)
@@ -137,7 +138,7 @@ class Playground:
 
     def _save_in_words(self) -> None:
         try:
-            self.save_condition(self.controls.file.value.strip())
+            self.save_condition(self.controls.file.value.strip() or None)
         except (ValueError, OSError, TypeError) as reason:
             self.controls.said.value = f"<pre>Not saved. {escape(str(reason))}</pre>"
 

@@ -3,6 +3,7 @@
 Nothing is computed here; every change calls `changed` at once, and the caller drops what is overtaken.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class Controls:
 
         shorter = [(prompt if len(prompt) < 90 else f"{prompt[:88]} …", prompt) for prompt in prompts]
         self.examples = w.Dropdown(
-            options=[(EXAMPLE, ""), *shorter], description="examples", layout=wide("100%"), style=WIDE
+            options=[(EXAMPLE, ""), *shorter], description="examples", layout=wide("99%"), style=WIDE
         )
         self.dials: dict[str, Any] = {
             "name": w.Dropdown(
@@ -64,7 +65,7 @@ class Controls:
                 options=[(GIVEN, GIVEN)], description="acts at", style=WIDE | {"button_width": "96px"}
             ),
             "prompt": w.Textarea(
-                value=defaults.prompt, description="prompt", layout=w.Layout(width="100%", height="76px"), style=WIDE,
+                value=defaults.prompt, description="prompt", layout=w.Layout(width="99%", height="76px"), style=WIDE,
                 continuous_update=False,
             ),
             "max_new_tokens": w.BoundedIntText(
@@ -76,7 +77,8 @@ class Controls:
                 style=WIDE,
             ),
             "seed": w.BoundedIntText(
-                value=defaults.seed, min=0, max=2**31 - 1, description="seed", layout=wide("190px"), style=WIDE
+                value=defaults.seed, min=0, max=2**31 - 1, description="seed", layout=wide("150px"),
+                style={"description_width": "48px"}
             ),
         }  # fmt: skip
         self.dials["name"].value = defaults.name
@@ -123,7 +125,7 @@ class Controls:
         """What the dials say."""
         values = {name: None if dial.value == GIVEN else dial.value for name, dial in self.dials.items()}
         return Wish(
-            **values | {"strength": round(values["strength"], 6), "temperature": round(values["temperature"], 6)}
+            **values | {"strength": round(values["strength"], 4), "temperature": round(values["temperature"], 4)}
         )
 
     def put(self, **values: Any) -> None:
@@ -176,9 +178,10 @@ class Controls:
             positions.value = now if named and spans else GIVEN
             positions.disabled = not spans
             top, kept = self.strengths()[-1], strength.value
-            strength.min, strength.max = min(-top / 3, self.strengths()[0], strength.min), max(top, kept)
-            strength.step = top / 120 if top > 0 else 0.1
-            strength.min, strength.max, strength.value = min(-top / 3, self.strengths()[0]), top, min(kept, top)
+            low = min(-max(1, round(top / 4)), math.floor(self.strengths()[0]))  # whole, so that steps meet 0
+            strength.min, strength.max = min(low, kept), max(top, kept)
+            strength.value = min(max(kept, low), top)
+            strength.min, strength.max, strength.step = low, top, 0.05
             strength.disabled = x is None
         finally:
             self.quiet = before

@@ -1,8 +1,8 @@
 // Streamed tokens in columns, coloured by a measure. One plain module: nothing is built, nothing is fetched.
 //
-// From Python come short messages while text is written, {kind: "start" | "tokens" | "state", run, ...}, and at rest the
-// trait `frame` with the whole state and the measures, which also serves views that are opened later. Choosing another
-// measure recolours here, without asking the kernel (the trait `by` tells it for the saved picture).
+// From Python come short messages while text is written, {kind: "start" | "tokens" | "state", run, ...}, and at rest
+// the trait `frame` with the whole state and the measures, which also serves views that are opened later. Choosing
+// another measure recolours here, without asking the kernel (the trait `by` tells it for the saved picture).
 //
 // For tests and for timing, all in the page:
 //   .wb-live            root; data-run: number of the run shown; data-state: "idle" | "waiting" | "running" | "done" |
@@ -22,9 +22,12 @@ const MEASURES = {
   logprob: "log-probability of the token, nats",
   acted: "where the intervention acted",
 };
-const WORDS = { idle: "ready", waiting: "waiting", running: "writing", done: "done", cancelled: "stopped", error: "not run" };
+const WORDS = {
+  idle: "ready", waiting: "waiting", running: "writing", done: "done", cancelled: "stopped", error: "not run",
+};
 
-const shown = (token) => token.replaceAll(" ", "·").replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "") || "∅";
+const SIGNS = { " ": "·", "\n": "⏎", "\t": "⇥", "\r": "" }; // as in strip.py
+const shown = (token) => token.replace(/[ \n\t\r]/g, (sign) => SIGNS[sign]) || "∅";
 
 function element(tag, name, text) {
   const made = document.createElement(tag);
@@ -194,7 +197,8 @@ function drawing(model, el, store) {
     span.classList.add("wb-at");
     const number = (each) => Number(read[each][i]).toPrecision(2);
     tip.replaceChildren(
-      element("div", "wb-numbers", `KL ${number("kl")} · entropy ${number("entropy")} · log-probability ${number("logprob")}`),
+      element("div", "wb-numbers", [["KL", "kl"], ["entropy", "entropy"], ["log-probability", "logprob"]]
+        .map(([words, name]) => `${words} ${number(name)}`).join(" · ")),
       list(read.plain ? "could have been" : "changed model", read.alternatives[i], span.dataset.text),
     );
     if (!read.plain) tip.append(list("plain model, here", read.plain_alternatives[i], span.dataset.text));

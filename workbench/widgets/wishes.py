@@ -101,8 +101,7 @@ def title(wish: Wish, x: Intervention | None) -> str:
 def spent(found: Sequence[Generation]) -> str:
     """Tokens and time of one run, in words."""
     seconds = len(found) * max(answer.seconds for answer in found)  # each has its share of the batch's
-    tokens = " and ".join(str(answer.tokens_out) for answer in found[::-1])
-    return f"{tokens} tokens in {seconds:.2f} s"
+    return " and ".join(str(answer.tokens_out) for answer in found[::-1]) + f" tokens in {seconds:.2f} s"
 
 
 def refuse_too_large(lm: LM, prompt: int, new: int, free: int | None = None) -> None:

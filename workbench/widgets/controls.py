@@ -123,10 +123,8 @@ class Controls:
 
     def wish(self) -> Wish:
         """What the dials say."""
-        values = {name: None if dial.value == GIVEN else dial.value for name, dial in self.dials.items()}
-        return Wish(
-            **values | {"strength": round(values["strength"], 4), "temperature": round(values["temperature"], 4)}
-        )
+        values: dict[str, Any] = {name: None if d.value == GIVEN else d.value for name, d in self.dials.items()}
+        return Wish(**values | {name: round(values[name], 4) for name in ("strength", "temperature")})
 
     def put(self, **values: Any) -> None:
         """Set dials by the names of `Wish`, without a run in between; ModelError for what they can't be set to."""

@@ -97,7 +97,7 @@ function drawing(model, el, store) {
   const scale = element("span", "wb-scale");
   const ramp = element("span", "wb-ramp"), most = element("span", "wb-most");
   scale.append("0 ", ramp, " ", most);
-  bar.append(status, choice, scale);
+  bar.append(status, choice, scale, element("span", "wb-legend", "intervention acted"));
   const columns = element("div", "wb-columns");
   const tip = element("div", "wb-tip");
   tip.setAttribute("role", "tooltip");

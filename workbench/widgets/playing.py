@@ -23,7 +23,7 @@ from workbench.tasks import Task
 from workbench.token_readings import MEASURES, acted_on, read_tokens
 from workbench.turns import turn
 from workbench.widgets.conditions import SavedCondition, save_condition
-from workbench.widgets.controls import Controls
+from workbench.widgets.controls import Controls, answer_while_busy
 from workbench.widgets.live import Column, LiveTokens
 from workbench.widgets.strength_map import measure
 from workbench.widgets.twin import text_of, twin_html, twin_text
@@ -303,6 +303,7 @@ class Playground:
     def _ipython_display_(self) -> None:
         from IPython.display import display
 
+        answer_while_busy(self.panel)
         display(self.panel)
         self._twin = display(self._bundle(), raw=True, display_id=True)
         if not self._run:

@@ -202,8 +202,8 @@ def answer_while_busy(box: Any) -> None:
     ipykernel 7.4 hands a widget's messages to the thread that last wrote to it, which is the busy main one for all that
     a cell made; here they go to the subshell that the front end asked for. Other versions are left alone.
     """
-    comm = getattr(box, "comm", None)
-    if hasattr(comm, "_reply_subshell_for"):
+    comm: Any = getattr(box, "comm", None)
+    if comm is not None and hasattr(comm, "_reply_subshell_for"):
         comm._reply_subshell_for = lambda data, default: default
     for child in getattr(box, "children", ()):
         answer_while_busy(child)

@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     from workbench.synthesis.reviewing import read_reviews, review_agreement, reviewed
     from workbench.tasks import Task, Verdict, load_task, task_names
     from workbench.teaching import check, check_prediction
-    from workbench.widgets import rate, review, show_tokens, watch
+    from workbench.widgets import playground, rate, review, show_tokens, watch
 
 __version__ = "0.1.0"
 
@@ -112,7 +112,7 @@ _HOMES = {
     "workbench.synthesis": ("synthesize",),
     "workbench.tasks": ("Task", "Verdict", "load_task", "task_names"),
     "workbench.teaching": ("check", "check_prediction"),
-    "workbench.widgets": ("rate", "review", "show_tokens", "watch"),
+    "workbench.widgets": ("playground", "rate", "review", "show_tokens", "watch"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 _MODULES = ("plots", "runs", "statistics", "report")
@@ -126,10 +126,10 @@ __all__ = [
     "few_shot", "finetune", "finetune_stages", "fit_gate", "grade_answers", "head_attribution", "heads_writing",
     "instruction", "isolate", "joined", "judge_pairs", "load_data", "load_intervention", "load_model",
     "load_results", "load_task", "logit_lens", "loglikelihoods", "merge", "minimal_pairs", "mix", "multiple_choice",
-    "perplexity", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate", "read_pairs",
-    "read_results", "read_reviews", "read_votes", "refusals", "reinforce", "report", "review", "review_agreement",
-    "reviewed", "runs", "show_tokens", "statistics", "sweep",
-    "synthesize", "task_names", "trace", "train_vector", "watch",
+    "perplexity", "playground", "plots", "prefer", "preference_pairs", "project_out", "random_like", "rate",
+    "read_pairs", "read_results", "read_reviews", "read_votes", "refusals", "reinforce", "report", "review",
+    "review_agreement", "reviewed", "runs", "show_tokens", "statistics", "sweep", "synthesize", "task_names", "trace",
+    "train_vector", "watch",
 ]  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from workbench.decode import OnToken, decode
 from workbench.models import LM, ModelError
 from workbench.placement import bytes_a_token
 from workbench.prefill import may_join
+from workbench.turns import turn
 
 if TYPE_CHECKING:
     from workbench.interventions import Intervention
@@ -78,11 +79,27 @@ def generate(
     stream of its own, seed and i) or one a row. batch_size: rows a batch; None packs rows of similar length by a token
     budget. progress: called with rows done and rows in all. on_token: called after every step with the new token ids so
     far by row number (rows for which memory runs out begin anew); an exception that it raises stops the generation
-    and leaves the model as it was.
+    and leaves the model as it was. Threads that share a model take turns.
     """
+    with turn(lm):
+        return _generate(
+            lm, prompts, interventions, decoding or Decoding(), seed, batch_size, limits, progress, on_token
+        )
+
+
+def _generate(
+    lm: LM,
+    prompts: Sequence[str | list[dict[str, str]] | list[int]],
+    interventions: "Intervention | Sequence[Intervention | None] | None",
+    decoding: Decoding,
+    seed: int | Sequence[int],
+    batch_size: int | None,
+    limits: Sequence[int] | None,
+    progress: Callable[[int, int], None] | None,
+    on_token: OnToken | None,
+) -> list[Generation]:
     from workbench.interventions.session import Session, inherit
 
-    decoding = decoding or Decoding()
     if isinstance(prompts, str):
         raise ModelError("prompts is one string. Give a list of prompts: [prompt].")
     texts = [lm.encode(prompt) for prompt in prompts]

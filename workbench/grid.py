@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from workbench.decode import OnToken
 from workbench.generate import Generation
 from workbench.interventions import Intervention
 from workbench.models import LM
@@ -29,11 +30,13 @@ def grid(
     seed: int = 0,
     split: str = "tuning",
     max_new_tokens: int = 256,
+    on_token: OnToken | None = None,
 ) -> pd.DataFrame:
     """Accuracy and share of answers with steps for every cell, on the same n questions.
 
     Args:
         cells: (labels, intervention) pairs, for example ({"layer": 3, "strength": 1.0}, 1.0 * v.at(layers=[3])).
+        on_token: as for `lm.generate`; what it raises stops the grid; no progress is printed then.
 
     Returns:
         A frame with the labels of each cell, n, accuracy, low, high (Wilson), steps, difference to the plain model
@@ -55,7 +58,8 @@ def grid(
         prompts * len(runs),
         [change for change in runs for _ in rows],
         max_new_tokens,
-        progress=lambda done, total: heartbeat("grid", done, total),
+        progress=(lambda done, total: heartbeat("grid", done, total)) if on_token is None else None,
+        on_token=on_token,
     )
     answers = [found[start : start + n] for start in range(0, len(found), n)]
     right = [[v.correct for v in task.verify_many(rows, [answer.text for answer in each])] for each in answers]

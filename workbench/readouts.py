@@ -21,6 +21,7 @@ from workbench.interventions.concept import check_layers
 from workbench.interventions.heads import heads_of, units_of
 from workbench.models import LM, ModelError
 from workbench.tracing import trace
+from workbench.turns import in_turn
 
 __all__ = ["attention_to", "head_attribution", "logit_lens", "trace"]
 
@@ -28,6 +29,7 @@ Prompt = str | list[dict[str, str]]
 MLP = ("mlp", "feed_forward", "block_sparse_moe")
 
 
+@in_turn
 def logit_lens(lm: LM, prompt: Prompt, layers: Iterable[int] | None = None, top: int = 5) -> pd.DataFrame:
     """What the model would say next if it stopped after each layer: one row a layer, position and rank 1 to `top`.
 
@@ -62,6 +64,7 @@ def logit_lens(lm: LM, prompt: Prompt, layers: Iterable[int] | None = None, top:
     return pd.DataFrame(rows)
 
 
+@in_turn
 def head_attribution(
     lm: LM, prompt: Prompt, direction: Residual | dict[int, Tensor] | Tensor, layer: int
 ) -> pd.DataFrame:
@@ -102,6 +105,7 @@ def head_attribution(
     return table.astype({"layer": "Int64", "head": "Int64"})
 
 
+@in_turn
 def attention_to(lm: LM, prompt: Prompt, position: int) -> pd.DataFrame:
     """How much every head of every layer attends from the last token to one position (negative: from the end).
 

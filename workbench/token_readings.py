@@ -14,7 +14,7 @@ from workbench.divergence import PlainAnswers, divergence
 from workbench.generate import Generation
 from workbench.interventions import KV, Intervention
 from workbench.interventions.residual import span_mask
-from workbench.interventions.session import ACTIVE
+from workbench.interventions.session import ACTIVE, for_all_rows
 from workbench.models import LM, ModelError
 
 MEASURES = {
@@ -68,7 +68,11 @@ def read_tokens(generation: Generation, *, top: int = 5) -> TokenReadings:
     if ACTIVE.get(lm.model):
         raise ModelError("Tokens can't be read inside of lm.apply, whose change would act twice. Read them behind it.")
     answers = PlainAnswers(lm, [origin.prompt], [ids], 1)
-    plain, changed = answers.log_probabilities([None, origin.change])[0]
+    changes = [None, origin.change]
+    if origin.change is not None and for_all_rows(origin.change.parts):  # rows of one forward share their weights
+        plain, changed = (answers.log_probabilities([change])[0][0] for change in changes)
+    else:
+        plain, changed = answers.log_probabilities(changes)[0]
     target = torch.tensor(ids, device=changed.device)
     return TokenReadings(
         prompt=lm.tokenizer.decode(origin.prompt),

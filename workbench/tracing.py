@@ -20,8 +20,10 @@ from workbench.interventions.kv_quantize import FewBitsLayer
 from workbench.interventions.session import ACTIVE
 from workbench.interventions.weights import Weights
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 
+@in_turn
 def trace(
     lm: LM,
     prompt: str | list[dict[str, str]],

@@ -31,6 +31,7 @@ from workbench.interventions.session import Session, inherit
 from workbench.interventions.trained import train_vector
 from workbench.interventions.weights import Weights, heads_writing, isolate, project_out
 from workbench.models import LM
+from workbench.turns import turn
 
 __all__ = [
     "KV",
@@ -77,5 +78,5 @@ def apply(
     model is as it was, exceptions included.
     """
     rows = [x] if isinstance(x, Intervention) else list(x)
-    with Session(lm, inherit(lm, rows), prompt_lengths):
+    with turn(lm), Session(lm, inherit(lm, rows), prompt_lengths):
         yield

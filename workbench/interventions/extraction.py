@@ -19,10 +19,12 @@ from workbench.interventions.reading import Pairs, read_texts
 from workbench.interventions.residual import Residual
 from workbench.interventions.weights import Weights
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 SITES = ("residual", "kv")
 
 
+@in_turn
 def extract(
     lm: LM,
     pairs: Pairs,

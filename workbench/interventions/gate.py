@@ -22,6 +22,7 @@ from workbench.interventions.kv import KV
 from workbench.interventions.low_rank import LowRank
 from workbench.interventions.residual import Residual
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 Measure = Literal["cosine", "probe"]
 FOLDS = 8  # of the prompts that fit a gate: each is scored by one that did not see it
@@ -139,6 +140,7 @@ def ask(
     return {gate: gate.fires(states[gate.layer]).cpu() for gate in gates}
 
 
+@in_turn
 def fit_gate(
     lm: LM,
     fire: Sequence[Any],
@@ -169,6 +171,7 @@ def fit_gate(
     return replace(gate, details=_measured(gate, on[layer][1::2], off[layer][1::2]))
 
 
+@in_turn
 def last_states(lm: LM, prompts: Sequence[Any], layers: Sequence[int]) -> dict[int, Float[Tensor, "prompts d_model"]]:
     """The plain model's state at the last token of each prompt after each of these blocks, float32 on the CPU."""
     kept: dict[int, list[Tensor]] = {layer: [] for layer in layers}

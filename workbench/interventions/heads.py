@@ -17,11 +17,13 @@ from transformers.pytorch_utils import Conv1D
 
 from workbench.interventions.residual import Positions, Residual, normal_positions, span_mask
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 PROJECTIONS = ("o_proj", "c_proj", "dense")
 PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+@in_turn
 def heads_writing(
     lm: LM,
     direction: Residual | dict[int, Tensor],

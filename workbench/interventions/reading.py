@@ -23,6 +23,7 @@ from workbench.interventions.reading_pass import ReadingPass
 from workbench.interventions.residual import Positions, Residual, normal_positions, span_mask
 from workbench.interventions.session import ACTIVE
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 # Tokens of one batch. On a CPU a few rows fill the cores, and more of them leave the processor's own memory.
 CPU_TOKENS = 4096  # of 512 to 8192 the best; with shared prefixes small batches cost up to 1.6 times as much
@@ -108,6 +109,7 @@ class Reading:
         return chosen
 
 
+@in_turn
 def read_pairs(
     lm: LM,
     pairs: Pairs,

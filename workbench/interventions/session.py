@@ -32,6 +32,7 @@ from workbench.interventions.steady import Steady
 from workbench.interventions.virtual import refuse_edits
 from workbench.interventions.weights import Weights, changed
 from workbench.models import LM, ModelError
+from workbench.turns import turn
 
 ACTIVE: WeakKeyDictionary[nn.Module, "list[Session]"] = WeakKeyDictionary()
 
@@ -94,6 +95,7 @@ class Session:
             self.lengths = self.given[self.selected]
 
     def __enter__(self) -> "Session":
+        turn(self.lm).acquire()
         stack = ACTIVE.setdefault(self.lm.model, [])
         if stack:
             stack[-1].detach()
@@ -103,6 +105,7 @@ class Session:
             self.detach()
             if stack:
                 stack[-1].attach()
+            turn(self.lm).release()
             raise
         stack.append(self)
         return self
@@ -112,10 +115,13 @@ class Session:
     ) -> None:
         stack = ACTIVE[self.lm.model]
         inner = stack[-1] is self  # an outer block may be left before an inner one
-        self.detach()
-        stack.remove(self)
-        if inner and stack:
-            stack[-1].attach()
+        try:
+            self.detach()
+            stack.remove(self)
+            if inner and stack:
+                stack[-1].attach()
+        finally:
+            turn(self.lm).release()
 
     def attach(self) -> None:
         """Put adapters, hooks and the wrapped forward in place."""

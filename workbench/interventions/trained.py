@@ -22,6 +22,7 @@ from workbench.interventions.low_rank import LowRank
 from workbench.interventions.residual import Positions, Residual, normal_positions, span_mask
 from workbench.interventions.session import ACTIVE
 from workbench.models import LM, ModelError, end_tokens, takes_last_only
+from workbench.turns import in_turn
 
 LOSSES = ("sft", "preference")
 SHARPNESS = 0.1  # beta of the preference loss, the value of DPO (arXiv 2305.18290) and BiPO
@@ -35,6 +36,7 @@ class Answered:
     answer: list[int]
 
 
+@in_turn
 def train_vector(
     lm: LM,
     records: Sequence[dict[str, Any]],

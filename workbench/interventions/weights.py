@@ -22,6 +22,7 @@ from workbench.interventions.concept import Intervention, check_layers, check_or
 from workbench.interventions.heads import gains_of, heads_of, heads_writing, plain_weight, refuse_split, units_of
 from workbench.interventions.residual import Residual
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 __all__ = ["Weights", "changed", "heads_writing", "isolate", "project_out"]
 
@@ -191,6 +192,7 @@ def project_out(lm: LM, direction: Residual | dict[int, Tensor], heads: Sequence
     return made
 
 
+@in_turn
 def isolate(lm: LM, task_texts: Sequence[str], other_texts: Sequence[str], share: float = 0.05) -> Weights:
     """The weights that matter for the task and not for the other texts; used as it is, they are pruned.
 

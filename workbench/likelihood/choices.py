@@ -14,6 +14,7 @@ from workbench.interventions.concept import Intervention
 from workbench.likelihood.normalising import best, check_normalisation, normalised
 from workbench.likelihood.scoring import Scored, loglikelihoods
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 STYLES = ("text", "letter")
 UNCONDITIONAL = "Answer:"
@@ -87,6 +88,7 @@ def bare_question(row: Mapping[str, Any]) -> str:
     return str(row["question"]).partition("\nOptions:")[0]
 
 
+@in_turn
 def multiple_choice(
     lm: LM,
     rows: Sequence[Mapping[str, Any]],

@@ -17,6 +17,7 @@ from workbench.likelihood.requests import encode_texts, longest_input, prefix_to
 from workbench.likelihood.scoring import loglikelihoods
 from workbench.models import LM, ModelError
 from workbench.statistics import Interval
+from workbench.turns import in_turn
 
 RESAMPLES = 10_000
 Window = tuple[list[int], list[int]]
@@ -84,6 +85,7 @@ def rolling_likelihoods(
     ]
 
 
+@in_turn
 def perplexity(
     lm: LM,
     texts: Sequence[str],

@@ -15,6 +15,7 @@ from workbench.likelihood.requests import Encoded, Request, encode_requests, lon
 from workbench.likelihood.sharing import Keys, can_share, layout
 from workbench.likelihood.tree import grow
 from workbench.models import LM, ModelError
+from workbench.turns import in_turn
 
 PLACES = 4  # decimals of a log-probability that count in a comparison; float32 sums differ by less between batches
 
@@ -36,6 +37,7 @@ class Scored:
     context_tokens: int = 0
 
 
+@in_turn
 def loglikelihoods(
     lm: LM,
     requests: Sequence[Request],

@@ -14,6 +14,7 @@ from workbench.likelihood.normalising import NORMALISATIONS, normalised
 from workbench.likelihood.scoring import PLACES, Scored, loglikelihoods
 from workbench.models import LM, ModelError
 from workbench.statistics import Interval, wilson
+from workbench.turns import in_turn
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Pair:
     scored: tuple[Scored, Scored]
 
 
+@in_turn
 def minimal_pairs(
     lm: LM,
     rows: Sequence[Mapping[str, Any]],

@@ -116,7 +116,7 @@ def _generate(
     def settle(rows: Sequence[Row]) -> None:
         for row in rows:
             origin = Origin(lm, texts[row.number], wanted[row.number])
-            results[row.number] = replace(_generation(lm, row, decoding), origin=origin)
+            results[row.number] = replace(_as_generation(lm, row, decoding), origin=origin)
         if progress is not None and rows:
             progress(len(results), len(texts))
 
@@ -170,7 +170,7 @@ def one_a_row(interventions: Any, count: int) -> "list[Intervention | None]":
 
 def weight_groups(rows: "Sequence[Intervention | None]") -> list[list[int]]:
     """Row numbers that share their adapters and weight edits, which change the weights under a whole batch."""
-    from workbench.interventions.session import weights_key
+    from workbench.interventions.shared_weights import weights_key
 
     groups: dict[tuple[Any, ...], list[int]] = {}
     for number, row in enumerate(rows):
@@ -296,7 +296,7 @@ def _run(
             waiting.again([*left.values()])
 
 
-def _generation(lm: LM, row: Row, decoding: Decoding) -> Generation:
+def _as_generation(lm: LM, row: Row, decoding: Decoding) -> Generation:
     text = lm.tokenizer.decode(row.new, skip_special_tokens=True)
     for word in decoding.stop:
         text = text.split(word, 1)[0]

@@ -14,7 +14,8 @@ from workbench.divergence import PlainAnswers, divergence
 from workbench.generate import Generation
 from workbench.interventions import KV, Intervention
 from workbench.interventions.residual import span_mask
-from workbench.interventions.session import ACTIVE, for_all_rows
+from workbench.interventions.session import ACTIVE
+from workbench.interventions.shared_weights import for_all_rows
 from workbench.models import LM, ModelError
 
 MEASURES = {

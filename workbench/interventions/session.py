@@ -27,6 +27,7 @@ from workbench.interventions.low_rank import LowRank
 from workbench.interventions.residual import Residual, span_mask
 from workbench.interventions.residual_plan import plan_residual
 from workbench.interventions.rotary import rotary_of
+from workbench.interventions.shared_weights import common
 from workbench.interventions.splitting import dressed, split
 from workbench.interventions.steady import Steady
 from workbench.interventions.virtual import refuse_edits
@@ -46,7 +47,7 @@ class Session:
         parts = [row.parts if row is not None else () for row in self.rows]
         for part in {id(part): part for row in parts for part in row}.values():
             part.check(lm)
-        whole = _common(parts)
+        whole = common(parts)
         self.adapters = [part for part in whole if isinstance(part, Adapter)]
         self.virtual = sum(adapter.virtual for adapter in self.adapters)  # entries of the cache before the text
         self.weights = [part for part in whole if isinstance(part, Weights)]
@@ -304,23 +305,3 @@ def inherit(lm: LM, rows: Sequence[Intervention | None]) -> list[Intervention | 
     count = max(len(outer), len(inner))
     outer, inner = (list(side) * count if len(side) == 1 else list(side) for side in (outer, inner))
     return [a if b is None else b if a is None else a + b for a, b in zip(outer, inner, strict=True)]
-
-
-def for_all_rows(row: Sequence[Intervention]) -> list[Adapter | Weights]:
-    """What of a row changes the weights, and with them every row of a forward."""
-    return [part for part in row if isinstance(part, Adapter | Weights) and part.strength != 0]
-
-
-def weights_key(row: Sequence[Intervention]) -> tuple[Any, ...]:
-    """Equal for rows that may share a forward: they change the weights in the same way."""
-    return tuple(part.key if isinstance(part, Weights) else part for part in for_all_rows(row))
-
-
-def _common(parts: Sequence[Sequence[Intervention]]) -> list[Adapter | Weights]:
-    """Every row has to change the weights in the same way."""
-    if len({weights_key(row) for row in parts}) > 1:
-        raise ModelError(
-            "Rows of one forward cannot have different adapters or weight edits. lm.generate sorts such rows into "
-            "groups of their own."
-        )
-    return for_all_rows(parts[0]) if parts else []

@@ -13,14 +13,18 @@ from workbench.widgets.reviewing import Reviewing, review
 from workbench.widgets.strip import show_tokens
 
 if TYPE_CHECKING:
-    from workbench.widgets.playing import Playground, playground
+    from workbench.widgets.opening import playground
+    from workbench.widgets.playing import Playground
 
 __all__ = [
     "Following", "Playground", "Rating", "Reviewing", "playground", "rate", "review", "show_tokens", "watch",
 ]  # fmt: skip
 
 
+_LATER = {"Playground": "playing", "playground": "opening"}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Playground", "playground"):
-        return getattr(import_module("workbench.widgets.playing"), name)
+    if name in _LATER:
+        return getattr(import_module(f"workbench.widgets.{_LATER[name]}"), name)
     raise AttributeError(f"workbench.widgets has no {name!r}. It has: {', '.join(__all__)}.")

@@ -254,6 +254,9 @@ def test_a_text_is_scored_under_the_change_that_made_it(lm: LM, word_problems: T
         (plain,) = ask.score([prompt], [made.token_ids], [place], by=(lm, None))
         found = plain_log_probabilities(lm, prompt, made.token_ids).gather(1, torch.tensor(made.token_ids)[:, None])
         assert plain.logprobs == pytest.approx(found[:, 0].numpy(), abs=1e-5)
+        for scored, by in ((under, None), (plain, (lm, None))):
+            (alone,) = ask.logprobs([prompt], [made.token_ids], [place], by=by)
+            assert alone == pytest.approx(scored.logprobs, abs=1e-5)
         assert under.logprobs.sum() > plain.logprobs.sum()  # its own greedy answer is the more likely one under it
 
 

@@ -14,7 +14,7 @@ import torch
 from tests.tiny import tiny_lm
 from workbench.choosing import Chooser, Decoding, Row
 from workbench.divergence import PlainAnswers
-from workbench.evaluation import Ask, Solver, evaluate
+from workbench.evaluation import Ask, Solver, asking, evaluate
 from workbench.evaluation.cost import forward_flops
 from workbench.generate import Generation, generate
 from workbench.interventions import Residual
@@ -211,7 +211,7 @@ def test_batches_and_order_change_nothing_and_costs_add_up(
     lab: LM, small: LM, word_problems: Task, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     tokens: list[tuple[int, int, float]] = []
-    original, scoring = LM.generate, PlainAnswers.token_scores
+    original, scoring, reading = LM.generate, PlainAnswers.token_scores, asking.loglikelihoods
 
     def generate_and_note(self: LM, *args: Any, **named: Any) -> list[Generation]:
         found = original(self, *args, **named)
@@ -226,8 +226,15 @@ def test_batches_and_order_change_nothing_and_costs_add_up(
             tokens.append((read, 0, forward_flops(self.lm, read - 1, len(answer))))
         return scoring(self, x)
 
+    def read_and_note(lm: LM, requests: Any, *args: Any, **named: Any) -> Any:
+        for prompt, answer in requests:
+            read = len(prompt) + len(answer)
+            tokens.append((read, 0, forward_flops(lm, read - 1, len(answer))))
+        return reading(lm, requests, *args, **named)
+
     solver = SEARCHES[name](small)
     with monkeypatch.context() as patch:
+        patch.setattr(asking, "loglikelihoods", read_and_note)
         patch.setattr(LM, "generate", generate_and_note)
         patch.setattr(PlainAnswers, "token_scores", score_and_note)
         first = run(lab, word_problems, solver, n=3, batch_size=7)

@@ -1,9 +1,9 @@
 """What a solver gets and gives: questions with everything needed to ask them, and an answer to each.
 
 A `Solver` is how a question is answered: one greedy generation (`Greedy`, the default), a vote among samples, a score
-of every option. It goes into a condition like an intervention. `Ask.generate` and `Ask.score` are its only ways to the
-model, so that every call is counted on the question that caused it, and samples are the same in any batch, order and
-after a resume. The idea of a solver beside a task and a scorer is inspect_ai's.
+of every option. It goes into a condition like an intervention. `Ask.generate`, `Ask.score` and `Ask.logprobs` are its
+only ways to the model, so that every call is counted on the question that caused it, and samples are the same in any
+batch, order and after a resume. The idea of a solver beside a task and a scorer is inspect_ai's.
 """
 
 import hashlib
@@ -13,10 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Float
+
 from workbench.divergence import PlainAnswers, TokenScores
 from workbench.evaluation.cost import Cost, companions
 from workbench.generate import Generation
 from workbench.interventions import Intervention
+from workbench.likelihood.scoring import loglikelihoods
 from workbench.models import LM
 from workbench.prompts import Message, Strategy
 from workbench.tasks import Task, Verdict
@@ -147,13 +151,44 @@ class Ask:
         starts = [model.encode(prompt) for prompt in prompts]
         began = time.perf_counter()
         found = PlainAnswers(model, starts, texts, self.batch_size).token_scores(change)
-        seconds = (time.perf_counter() - began) / len(starts)
-        beside = companions(change)
-        passes = 1 + len(beside)
-        for row, start, text in zip(rows, starts, texts, strict=True):
-            self.spent[row].add(model, len(start) + len(text), 0, passes, seconds, len(text), beside)
-        self.pulse()
+        self._book(starts, texts, rows, model, change, time.perf_counter() - began)
         return found
+
+    def logprobs(
+        self,
+        prompts: Sequence[str | list[int]],
+        texts: Sequence[list[int]],
+        rows: Sequence[int],
+        *,
+        by: tuple[LM, Intervention | None] | None = None,
+    ) -> list[Float[np.ndarray, " tokens"]]:
+        """The log-probability of every token alone, in nats: as `score`, but what prompts and texts share is read once.
+
+        Counted as `score` counts: what is shared is seen in the seconds.
+        """
+        model, change = by or (self.lm, self.change)
+        starts = [model.encode(prompt) for prompt in prompts]
+        began = time.perf_counter()
+        asked = [(start, text) for start, text in zip(starts, texts, strict=True) if text]
+        scored = iter(loglikelihoods(model, asked, change, batch_size=self.batch_size))
+        found = [np.array(next(scored).token_logprobs if text else ()) for text in texts]
+        self._book(starts, texts, rows, model, change, time.perf_counter() - began)
+        return found
+
+    def _book(
+        self,
+        starts: Sequence[list[int]],
+        texts: Sequence[list[int]],
+        rows: Sequence[int],
+        model: LM,
+        change: Intervention | None,
+        seconds: float,
+    ) -> None:
+        beside = companions(change)
+        for row, start, text in zip(rows, starts, texts, strict=True):
+            share = seconds / len(starts)
+            self.spent[row].add(model, len(start) + len(text), 0, 1 + len(beside), share, len(text), beside)
+        self.pulse()
 
 
 def begun(lm: LM, prompt: str, words: str) -> str:

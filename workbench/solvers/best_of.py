@@ -78,7 +78,7 @@ class BestOf:
             return [float(judge(ask.task, row, text)[0].correct) for row, text in pairs]
         if self.by in ("shortest", "longest"):
             return [sample.made.tokens_out ** (1.0 if self.by == "longest" else -1.0) for sample in samples]
-        found = ask.score([sample.prompt for sample in samples], [sample.made.token_ids for sample in samples], places)
+        asked = [sample.prompt for sample in samples], [sample.made.token_ids for sample in samples], places
         if self.by == "self-certainty":
-            return [float(each.certainty.mean()) for each in found]
-        return [math.exp(float(each.logprobs.mean())) for each in found]
+            return [float(each.certainty.mean()) for each in ask.score(*asked)]
+        return [math.exp(float(each.mean())) for each in ask.logprobs(*asked)]

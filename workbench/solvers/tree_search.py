@@ -246,7 +246,7 @@ def _go_on(
 
 def _likelihood(ask: Ask, starts: list[list[int]], texts: list[list[int]], rows: list[int]) -> list[float]:
     """Mean log-probability a token of each text."""
-    return [float(each.logprobs.mean()) for each in ask.score(starts, texts, rows)]
+    return [float(each.mean()) for each in ask.logprobs(starts, texts, rows)]
 
 
 def _count(node: _Node) -> int:

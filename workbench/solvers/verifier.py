@@ -49,8 +49,8 @@ class AskedVerifier:
         total = []
         for word in (self.yes, self.no):
             words = [following(lm, prompt, word) for prompt in prompts]
-            found = ask.score(prompts, words, places, by=(lm, self.change))
-            total.append([float(each.logprobs.sum()) for each in found])
+            found = ask.logprobs(prompts, words, places, by=(lm, self.change))
+            total.append([float(each.sum()) for each in found])
         return [1 / (1 + math.exp(min(no - yes, 700))) for yes, no in zip(*total, strict=True)]
 
 

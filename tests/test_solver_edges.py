@@ -13,8 +13,8 @@ from workbench.evaluation import Ask, evaluate
 from workbench.evaluation.asking import following
 from workbench.evaluation.cost import forward_flops
 from workbench.generate import Generation
-from workbench.interventions import Logits, extract
-from workbench.models import LM, find_blocks
+from workbench.interventions import DropTokens, Logits, QuantizeCache, extract
+from workbench.models import LM, ModelError, find_blocks
 from workbench.prompts import Strategy, contrast
 from workbench.solvers import (
     AskedVerifier,
@@ -161,6 +161,27 @@ def test_models_inside_of_a_solver_and_beside_a_change_are_counted(lab: LM, othe
     assert results.costs["own"]["model_calls"] == results.costs["other"]["model_calls"]
     plain, beside = (results.column(name, "flops") for name in ("plain", "beside"))
     assert beside.tolist() == (2 * plain).tolist()
+    with lab.apply(Logits(amateur=other, strength=1e-6)):
+        around = evaluate(lab, word_problems, {"plain": []}, n=2, max_new_tokens=8)
+    assert around.rows.flops.tolist() == beside.tolist()
+
+
+def test_pairs_refuse_an_edit_of_the_cache_before_work(lab: LM, word_problems: Task, tmp_path: Path) -> None:
+    row = {
+        "id": "a",
+        "question": "",
+        "good": "The cat is here.",
+        "bad": "The cat are here.",
+        "answer": "good",
+        "paradigm": "x",
+    }
+    pairs = replace(word_problems, kind="pair", draw=lambda split, n, seed: [row])
+    kv = extract(lab, contrast(word_problems, n=2, shots=1), site="kv").at()
+    for edit in (kv, DropTokens((0,)), QuantizeCache(4)):
+        with pytest.raises(ModelError, match="edits the cache of the prompt"):
+            evaluate(lab, pairs, {"plain": [], "edited": [edit]}, n=1, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert evaluate(lab, pairs, {"plain": [], "none": [0 * kv]}, n=1).rows.correct.nunique() == 1
 
 
 def test_the_last_scored_token_is_not_read(lab: LM, word_problems: Task) -> None:

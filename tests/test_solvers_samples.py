@@ -488,6 +488,20 @@ def test_a_program_is_judged_as_by_the_task_of_programs(lab: LM, word_problems: 
 
 
 @needs_sandbox
+def test_kept_rows_of_programs_depend_on_their_own_examples(lm: LM, word_problems: Task, tmp_path: Path) -> None:
+    def rows(seed: int) -> list[str]:
+        def draw(split: str, n: int | None, own: int) -> list[dict[str, Any]]:
+            return word_problems.draw(split, n, seed if split == "tuning" else own)
+
+        changed = replace(word_problems, draw=draw)
+        found = evaluate(lm, changed, {"p": [Program(shots=1)]}, n=1, max_new_tokens=2, out=tmp_path / "out")
+        return found.rows.prompt.tolist()
+
+    assert rows(1) != rows(2)
+    assert rows(1) == rows(1)
+
+
+@needs_sandbox
 def test_a_program_that_fails_says_why(lm: LM, word_problems: Task) -> None:
     rows = word_problems.rows(n=4)
     texts = [f"```python\nprint({rows[0]['answer']})\n```", "1/0", "x = 1", "<think>print(1)"]

@@ -117,7 +117,9 @@ def _answer(
         alive = partial(tell, start, len(ask.rows))
         part = replace(ask, rows=ask.rows[start : start + size], pulse=alive, spent=[])
         prompts = [part.prompt(place) for place in range(len(part.rows))]
-        key = content_key(**base, prompts=prompts, rows=json.dumps(part.rows, sort_keys=True, default=str))
+        own = getattr(plan.solver, "prompts", None)
+        asked = own(part) if own is not None else prompts
+        key = content_key(**base, prompts=asked, rows=json.dumps(part.rows, sort_keys=True, default=str))
         file = None if folder is None else chunk_file(folder, plan.name, number)
         answered = kept(file, key)
         if answered is None:

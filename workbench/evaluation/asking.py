@@ -19,7 +19,7 @@ from jaxtyping import Float
 from workbench.divergence import PlainAnswers, TokenScores
 from workbench.evaluation.cost import Cost, companions
 from workbench.generate import Generation
-from workbench.interventions import Intervention
+from workbench.interventions import Intervention, inherit
 from workbench.likelihood.scoring import loglikelihoods
 from workbench.models import LM
 from workbench.prompts import Message, Strategy
@@ -49,7 +49,7 @@ class Solver(Protocol):
     """How questions are answered. Frozen dataclasses: their fields are what a saved result depends on.
 
     A solver may also have `check(ask)`, called before anything is generated, that raises ValueError for a task or a
-    strategy it can't go with.
+    strategy it can't go with; and `prompts(ask)`, where it asks by prompts of its own, which its results depend on.
     """
 
     def solve(self, ask: "Ask") -> list[Answer]:
@@ -127,7 +127,7 @@ class Ask:
             bias_temperature=bias_temperature,
             progress=lambda done, total: self.pulse(),
         )
-        beside = companions(change)
+        beside = _beside(model, change)
         for row, one in zip(rows, found, strict=True):
             counts = (one.tokens_in, one.tokens_out, one.forward_passes, one.seconds, one.tokens_out)
             self.spent[row].add(model, *counts, beside)
@@ -184,11 +184,16 @@ class Ask:
         change: Intervention | None,
         seconds: float,
     ) -> None:
-        beside = companions(change)
+        beside = _beside(model, change)
         for row, start, text in zip(rows, starts, texts, strict=True):
             share = seconds / len(starts)
             self.spent[row].add(model, len(start) + len(text), 0, 1 + len(beside), share, len(text), beside)
         self.pulse()
+
+
+def _beside(lm: LM, change: Intervention | None) -> list[LM]:
+    """Models that are asked at every token, by the change or by a block of `lm.apply` around."""
+    return list({id(model): model for row in inherit(lm, [change]) for model in companions(row)}.values())
 
 
 def begun(lm: LM, prompt: str, words: str) -> str:

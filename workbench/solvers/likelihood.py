@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from workbench.evaluation.asking import Answer, Ask, begun
 from workbench.evaluation.cost import companions
+from workbench.interventions.session import Session
 from workbench.likelihood import Choice, Pair, Scored, minimal_pairs, multiple_choice, option_texts
 from workbench.likelihood.choices import STYLES, UNCONDITIONAL, bare_question, gold_place, is_lettered
 from workbench.likelihood.normalising import check_normalisation
@@ -51,10 +52,17 @@ class Likelihood:
             raise ModelError(f"style={self.style!r} is unknown. Allowed: {', '.join(STYLES)}.")
 
     def check(self, ask: Ask) -> None:
-        """Raise ModelError for a task without options or pairs, and for a strategy beside pairs."""
+        """Raise ModelError for a task without options or pairs; of pairs, for a strategy or an edit of the cache."""
         if ask.task.kind != "pair":
             option_texts(ask.rows[0])
-        elif ask.strategy is not None:
+            return
+        session = Session(ask.lm, [ask.change])
+        if session.kv or session.edits:
+            raise ModelError(
+                f"The condition edits the cache of the prompt, and the sentences of task {ask.task.name!r} have no "
+                "prompt but the token that begins texts. Leave the edit out of the condition."
+            )
+        if ask.strategy is not None:
             raise ModelError(
                 f"The strategy {ask.strategy.name!r} prompts, and the sentences of task {ask.task.name!r} stand alone. "
                 "Leave it out of the condition."

@@ -37,12 +37,16 @@ class Program:
                 "strategy out: Program(shots=3, told='Write a Python program that prints the answer.')."
             )
 
+    def prompts(self, ask: Ask) -> list[str]:
+        """What the model is asked, examples included."""
+        asking = program_task(ask.task)
+        strategy = Strategy("program", self.told or None, self.shots, "program")
+        return [ask.lm.render(asking.messages(row, strategy)) for row in ask.rows]
+
     def solve(self, ask: Ask) -> list[Answer]:
         """See `Solver`. Facts: `prompt`, `program` (what the model wrote), `ran` (how it ended, or why it failed)."""
         self.check(ask)
-        asking = program_task(ask.task)
-        strategy = Strategy("program", self.told or None, self.shots, "program")
-        prompts = [ask.lm.render(asking.messages(row, strategy)) for row in ask.rows]
+        prompts = self.prompts(ask)
         found = ask.generate(prompts, range(len(prompts)))
         texts = [reopened(*each) for each in zip(prompts, (one.text for one in found), strict=True)]
         codes = [code_in(text) for text in texts]

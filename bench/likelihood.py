@@ -19,6 +19,7 @@ from workbench.likelihood.requests import encode_requests
 
 BATCHES = (16, 64)  # of the harness's model; the better one counts
 SHOTS, STRENGTHS = 5, 16
+GSM8K_SHOTS = 5  # as the harness's own GSM8K has
 NEAR = 1e-3  # nats; float32 sums over a hundred tokens in other orders
 Requests = list[tuple[str, str]]
 
@@ -29,7 +30,7 @@ def missing() -> str | None:
     return "it needs lm_eval (make outside) in the environment that runs it" if needed else None
 
 
-def lines(lm: wb.LM, repeats: int, choices: int = 64, pairs: int = 20, texts: int = 32) -> list[dict[str, Any]]:
+def lines(lm: wb.LM, repeats: int, choices: int = 64, pairs: int = 20, texts: int = 64) -> list[dict[str, Any]]:
     """A line a comparison; choices, texts: questions. pairs: of each of BLiMP's paradigms."""
     aqua = wb.load_task("aqua")
     few, rows = _head(aqua.rows("tuning", n=SHOTS)), aqua.rows(n=choices)
@@ -40,11 +41,12 @@ def lines(lm: wb.LM, repeats: int, choices: int = 64, pairs: int = 20, texts: in
         _beside_harness(lm, f"AQuA, {SHOTS} fixed shots, {choices} questions", "loglikelihood", fixed, repeats, ">= 5"),
         _beside_harness(lm, f"BLiMP, {len(sentences)} pairs", "loglikelihood", alone, repeats, ">= 2"),
     ]
-    questions = wb.load_task("gsm8k").rows(n=texts)
-    asked = [f"Question: {row['question']}\nAnswer:" for row in questions]
+    gsm8k = wb.load_task("gsm8k")
+    solved = "".join(f"{_asked(row)} {row['solutions']['steps']}\n\n" for row in gsm8k.rows("tuning", n=GSM8K_SHOTS))
     options = {"until": ["Question:", "\n\n"], "max_gen_toks": 64, "do_sample": False}
-    asks = [(text, options) for text in asked]
-    found.append(_beside_harness(lm, f"GSM8K, {texts} texts", "generate_until", asks, repeats, ">= 3"))
+    for name, before in ((f"{GSM8K_SHOTS} fixed shots, ", solved), ("", "")):
+        asks = [(before + _asked(row), options) for row in gsm8k.rows(n=texts)]
+        found.append(_beside_harness(lm, f"GSM8K, {name}{texts} texts", "generate_until", asks, repeats, ">= 3"))
     return found + strengths(lm, fixed[: 5 * min(choices, 8)], repeats)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from workbench.choosing import Chooser, Decoding, Row, stopped
 from workbench.interventions.session import Session
 from workbench.models import LM, takes_last_only
-from workbench.prefill import Prefix, State, may_join, start
+from workbench.prefill import Prefix, State, common_prefix, may_join, start
 
 __all__ = ["Decoding", "OnToken", "Row", "decode"]
 
@@ -40,10 +40,11 @@ def decode(
     worth it yet. done: hears of rows that have left.
     """
     joins = may_join(session)
-    prefix = Prefix()
+    session.begin([row.place for row in rows])
+    prefix = common_prefix(lm, session, rows)
 
     def read(rows: Sequence[Row]) -> list[Batch]:
-        parts = _parts(lm, rows) if joins else [rows]
+        parts = _parts(lm, rows, prefix) if joins else [rows]
         return [Batch(lm, session, part, decoding, on_token, prefix) for part in parts]
 
     batch, *others = read(rows)
@@ -61,15 +62,15 @@ def decode(
         batch.step()
 
 
-def _parts(lm: LM, rows: Sequence[Row]) -> list[Sequence[Row]]:
+def _parts(lm: LM, rows: Sequence[Row], prefix: Prefix) -> list[Sequence[Row]]:
     """Rows whose prompts are read in one forward: on a CPU few enough to stay in the processor's own memory."""
     if lm.device.type != "cpu":
         return [rows]
     parts: list[list[Row]] = [[]]
     for row in rows:
         part = [*parts[-1], row]
-        different = {tuple(each.prompt) for each in part}
-        if len(parts[-1]) > 0 and len(different) * max(map(len, different)) > CPU_READ:
+        new = max(len(each.prompt) for each in part) - (len(prefix.ids) if prefix.begins([row.prompt]) else 0)
+        if parts[-1] and len({tuple(each.prompt) for each in part}) * new > CPU_READ:
             parts.append([row])
         else:
             parts[-1].append(row)

@@ -22,22 +22,17 @@ SHARED_PREFIX = 16  # shorter common beginnings are not worth a forward of their
 
 @dataclass
 class Prefix:
-    """A beginning that many prompts have, and its keys and values by layer, of one row; empty until there is one."""
+    """A beginning that many prompts have, and its keys and values by layer, of one row; empty where there is none."""
 
     ids: list[int] = field(default_factory=list)
     layers: list[tuple[Float[Tensor, "1 heads seq dim"], Float[Tensor, "1 heads seq value_dim"]]] = field(
         default_factory=list
     )
 
-    def keep(self, ids: list[int], cache: DynamicCache) -> None:
-        """Remember a cache that holds nothing but this beginning."""
-        self.ids = ids
-        self.layers = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
-
-    def begins(self, prompts: Sequence[list[int]], most: int) -> bool:
-        """Whether all these prompts begin so, and no more than `most` tokens are in it."""
+    def begins(self, prompts: Sequence[list[int]]) -> bool:
+        """Whether all these prompts begin so, and go on for two tokens at least."""
         size = len(self.ids)
-        return 0 < size <= most and all(prompt[:size] == self.ids for prompt in prompts)
+        return size > 0 and all(len(prompt) >= size + 2 and prompt[:size] == self.ids for prompt in prompts)
 
 
 @dataclass
@@ -86,45 +81,60 @@ class State:
         return torch.ones(len(self.ids), self.cache.get_seq_length() + 1, dtype=torch.long, device=self.ids.device)
 
 
-def start(lm: LM, session: Session, rows: Sequence[Row], known: Prefix | None = None) -> State:
-    """The first forward's tensors, behind forwards for what rows share.
+def common_prefix(lm: LM, session: Session, rows: Sequence[Row]) -> Prefix:
+    """What all these prompts begin with, read once; empty where that isn't exact or too little."""
+    cache = new_cache(lm)
+    prompts = [row.prompt for row in rows]
+    size = _common_length(prompts, session) if len(rows) > 1 and _may_share(lm, session, cache) else 0
+    if not size:
+        return Prefix()
+    _read(lm, session, cache, input_ids=torch.tensor([prompts[0][:size]], device=lm.device))
+    return Prefix(prompts[0][:size], [(layer.keys, layer.values) for layer in cache.layers])
 
-    A common beginning is computed once for all rows, and a prompt that several rows have (a grid of strengths, samples)
-    once for those rows, up to its last two tokens: a KV edit and the `last` span fall on them. known: of rows that came
-    before; filled in if it is empty.
+
+def start(lm: LM, session: Session, rows: Sequence[Row], known: Prefix) -> State:
+    """The first forward's tensors, behind what these rows share.
+
+    A prompt that several rows have (a grid of strengths, samples) is read once for those rows, up to its last two
+    tokens: a KV edit and the `last` span fall on them. known: of these rows' beginnings, as far as it is theirs.
     """
     prompts = [row.prompt for row in rows]
     cache = new_cache(lm)
-    shares = (len(rows) > 1 or bool(known and known.ids)) and _may_share(lm, session, cache)
-    before = known is not None and shares and known.begins(prompts, min(map(len, prompts)) - 2)
-    prefix = len(known.ids) if known is not None and before else _common_length(prompts, session) if shares else 0
+    prefix = len(known.ids) if known.begins(prompts) else 0
     ids, mask = _padded([prompt[prefix:] for prompt in prompts], lm.tokenizer.pad_token_id or 0)
     places = ((mask.cumsum(1) - 1).clamp(min=0) + prefix).to(lm.device)
     full = torch.cat([torch.ones(len(rows), prefix, dtype=torch.long), mask], dim=1).to(lm.device)
     ids, padded = ids.to(lm.device), not bool(mask.all())
     first = {tuple(prompt): number for number, prompt in reversed(list(enumerate(prompts)))}
-    repeated = shares and ids.shape[1] > 2 and 2 * len(first) <= len(rows)
-    session.paused = True
-    try:
-        if prefix:
-            _read_prefix(lm, prompts[0][:prefix], cache, known)
-            cache.batch_repeat_interleave(len(first) if repeated else len(rows))
-        if repeated:
-            one = torch.tensor(list(first.values()), device=lm.device)
-            lm.base(
-                input_ids=ids[one, :-2],
-                attention_mask=full[one, :-2] if padded else None,
-                position_ids=places[one, :-2],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            order = {prompt: number for number, prompt in enumerate(first)}
-            cache.batch_select_indices(torch.tensor([order[tuple(p)] for p in prompts], device=lm.device))
-            ids, places = ids[:, -2:], places[:, -2:]
-    finally:
-        session.paused = False
+    repeated = ids.shape[1] > 2 and 2 * len(first) <= len(rows) and _may_share(lm, session, cache)
+    if prefix:
+        for layer, (keys, values) in zip(cache.layers, known.layers, strict=True):
+            layer.update(keys, values)
+        cache.batch_repeat_interleave(len(first) if repeated else len(rows))
+    if repeated:
+        one = torch.tensor(list(first.values()), device=lm.device)
+        _read(
+            lm,
+            session,
+            cache,
+            input_ids=ids[one, :-2],
+            attention_mask=full[one, :-2] if padded else None,
+            position_ids=places[one, :-2],
+        )
+        order = {prompt: number for number, prompt in enumerate(first)}
+        cache.batch_select_indices(torch.tensor([order[tuple(p)] for p in prompts], device=lm.device))
+        ids, places = ids[:, -2:], places[:, -2:]
     limit = getattr(lm.model.config.get_text_config(), "max_position_embeddings", None) or 2**31
     return State(ids, places, full if padded else None, cache, limit - 1, bool(prefix) + repeated)
+
+
+def _read(lm: LM, session: Session, cache: DynamicCache, **call: Tensor | None) -> None:
+    """A forward of the base model into a cache, on tokens that nothing intervenes on."""
+    session.paused = True
+    try:
+        lm.base(past_key_values=cache, use_cache=True, **call)
+    finally:
+        session.paused = False
 
 
 def _padded(texts: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "rows seq"], Int[Tensor, "rows seq"]]:
@@ -136,17 +146,6 @@ def _padded(texts: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "rows
         ids[number, width - len(text) :] = torch.tensor(text)
         mask[number, width - len(text) :] = 1
     return ids, mask
-
-
-def _read_prefix(lm: LM, ids: list[int], cache: DynamicCache, known: Prefix | None) -> None:
-    """Fill an empty cache with a beginning: as it is known, else by a forward, after which it is known."""
-    if known is not None and known.ids == ids:
-        for layer, (keys, values) in zip(cache.layers, known.layers, strict=True):
-            layer.update(keys, values)
-        return
-    lm.base(input_ids=torch.tensor([ids], device=lm.device), past_key_values=cache, use_cache=True)
-    if known is not None and not known.ids:
-        known.keep(ids, cache)
 
 
 def may_join(session: Session) -> bool:

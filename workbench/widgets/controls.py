@@ -16,7 +16,7 @@ EXAMPLE = "choose an example"
 VECTORS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # strengths of a map: for kinds that add
 OTHERS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)  # and for those that are whole at 1
 WIDE = {"description_width": "92px"}
-__all__ = ["Controls", "answer_while_busy"]
+__all__ = ["Controls"]
 
 
 class Controls:
@@ -194,19 +194,6 @@ class Controls:
         if change["owner"] is self.dials["name"]:
             self.fit()
         self.changed()
-
-
-def answer_while_busy(box: Any) -> None:
-    """Let these widgets be heard while a cell runs, where the front end talks to the kernel through a subshell.
-
-    ipykernel 7.4 hands a widget's messages to the thread that last wrote to it, which is the busy main one for all that
-    a cell made; here they go to the subshell that the front end asked for. Other versions are left alone.
-    """
-    comm: Any = getattr(box, "comm", None)
-    if comm is not None and hasattr(comm, "_reply_subshell_for"):
-        comm._reply_subshell_for = lambda data, default: default
-    for child in getattr(box, "children", ()):
-        answer_while_busy(child)
 
 
 def _adds(x: Intervention | None) -> bool:

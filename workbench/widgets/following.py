@@ -15,6 +15,7 @@ from typing import Any
 
 from workbench.following import Seen, look
 from workbench.runs.heartbeats import FOLDER, duration, in_notebook
+from workbench.widgets.busy import answer_while_busy
 from workbench.widgets.cards import FAINT, INK, card, html
 
 EVERY = 1.0  # seconds between two looks
@@ -104,7 +105,9 @@ class Following:
             cancel.on_click(lambda _: self.cancel())
             close.on_click(lambda _: self.close())
             self._buttons = (cancel, close)
-            display(ipywidgets.HBox([*self._buttons]))
+            box = ipywidgets.HBox([*self._buttons])
+            answer_while_busy(box)
+            display(box)
         self._twin = display(html(self.html()), display_id=True)
         if looked_at and not self.seen.over:
             self.start()

@@ -22,8 +22,9 @@ from workbench.plots.palette import colour
 from workbench.tasks import Task
 from workbench.token_readings import MEASURES, acted_on, read_tokens
 from workbench.turns import turn
+from workbench.widgets.busy import answer_while_busy
 from workbench.widgets.conditions import SavedCondition, save_condition
-from workbench.widgets.controls import Controls, answer_while_busy
+from workbench.widgets.controls import Controls
 from workbench.widgets.live import Column, LiveTokens
 from workbench.widgets.strength_map import measure
 from workbench.widgets.twin import text_of, twin_html, twin_text

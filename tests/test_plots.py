@@ -269,6 +269,16 @@ def test_loss_curve_keeps_ends_and_median():
     assert (logged.data[0].x, logged.data[-1].y) == ((10, 20), (1.5,))
 
 
+def test_a_few_steps_of_training_are_seen_as_marks():
+    def modes(count: int) -> list[str]:
+        rows = [{"step": step, "loss": 1.0, "grad_norm": 2.0} for step in range(1, count + 1)]
+        figures = plots.loss_curve(rows), plots.training_curve(rows)
+        return [trace.mode for figure in figures for trace in figure.data]
+
+    assert modes(1) == modes(4) == ["lines+markers"] * 3
+    assert modes(5) == ["lines"] * 3
+
+
 def test_token_mask_shows_every_token_with_its_mask():
     tokens, mask = ["a", " b\n", "<|end|>"], [False, True, True]
     notes = plots.token_mask(tokens, mask).layout.annotations

@@ -18,6 +18,7 @@ import plotly.graph_objects as go
 from workbench.plots.drawing import (
     PlotError,
     Table,
+    drawn_as,
     error_bars,
     finish,
     in_brackets,
@@ -144,7 +145,7 @@ def loss_curve(losses: Sequence[float] | Table) -> go.Figure:
         f"Training loss from {values[0]:.3g} at step {steps[0]:g} to {values[-1]:.3g} at {steps[-1]:g}.",
     )
     raw = {"color": colour("tuned") if window == 1 else faded(colour("tuned"), 0.35), "width": 2 if window == 1 else 1}
-    fig.add_scatter(x=steps, y=values, mode="lines", name="training loss", line=raw)
+    fig.add_scatter(x=steps, y=values, mode=drawn_as(steps), name="training loss", line=raw)
     if window > 1:
         rolling = pd.Series(values).rolling(2 * window + 1, center=True, min_periods=1)
         low, middle, high = (rolling.quantile(q).round(5).tolist() for q in (0.1, 0.5, 0.9))

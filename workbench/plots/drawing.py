@@ -19,6 +19,7 @@ from workbench.statistics import wilson
 Row = Mapping[str, Any]
 Table = Iterable[Any] | pd.DataFrame
 POINTS = 1000  # of one line: more can't be seen and would make a figure larger than 200 KB
+FEW = 5  # points of a curve from which on its line alone is enough
 
 
 class PlotError(ValueError):
@@ -97,6 +98,15 @@ def series(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
     stride = math.ceil(len(found) / POINTS) if found else 1
     thinned = found[::stride] if (len(found) - 1) % stride == 0 else [*found[::stride], found[-1]]
     return [step for step, _ in thinned], [float(f"{value:.6g}") for _, value in thinned]
+
+
+def drawn_as(steps: Sequence[float]) -> str:
+    """Plotly's mode for a curve: a few points get marks too, because a line through one point can't be seen.
+
+    >>> drawn_as([1.0]), drawn_as([1.0, 2.0, 3.0, 4.0, 5.0])
+    ('lines+markers', 'lines')
+    """
+    return "lines" if len(steps) >= FEW else "lines+markers"
 
 
 def log_axis(fig: go.Figure, values: Sequence[float]) -> None:

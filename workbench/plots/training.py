@@ -12,7 +12,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from workbench.plots.drawing import PlotError, Row, Table, finish, is_missing, rows_of, series
+from workbench.plots.drawing import PlotError, Row, Table, drawn_as, finish, is_missing, rows_of, series
 from workbench.plots.palette import GRID, INK, colour, faded
 
 LOWER = 0.26  # of the height, for the gradient norm
@@ -35,7 +35,9 @@ def training_curve(rows: Table) -> go.Figure:
         series([row for row in found if not is_missing(row.get(name))], name)
         for name in ("loss", "eval_loss", "grad_norm")
     )
-    fig.add_scatter(x=steps, y=losses, mode="lines", name="training loss", line={"color": colour("tuned"), "width": 2})
+    fig.add_scatter(
+        x=steps, y=losses, mode=drawn_as(steps), name="training loss", line={"color": colour("tuned"), "width": 2}
+    )
     words = f"Training loss from {losses[0]:.3g} at step {steps[0]:g} to {losses[-1]:.3g} at {steps[-1]:g}."
     if scores:
         marks = {"color": INK, "size": 9, "symbol": "diamond-open", "line": {"width": 2}}
@@ -43,7 +45,7 @@ def training_curve(rows: Table) -> go.Figure:
         words += f" Held-out loss {scores[-1]:.3g} at step {scored[-1]:g}."
     if norms:
         grey = {"color": faded(INK, 0.7), "width": 1.5}
-        fig.add_scatter(x=normed, y=norms, mode="lines", name="gradient norm", line=grey, yaxis="y2")
+        fig.add_scatter(x=normed, y=norms, mode=drawn_as(normed), name="gradient norm", line=grey, yaxis="y2")
         words += f" Gradient norm {norms[-1]:.3g} at the end."
         below = {"domain": [0, LOWER - 0.06], "type": "log", "title": {"text": "gradient"}, "anchor": "x"}
         fig.update_layout(yaxis2={**below, "gridcolor": GRID, "showline": True, "linecolor": INK})

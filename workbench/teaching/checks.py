@@ -68,20 +68,29 @@ def check(
 def check_prediction(guess: Any, measured: Any, *, near: float = 0.0, because: str = "") -> Checked:
     """A prediction made before a cell ran, beside what was then measured; neither is a fault.
 
-    guess: `...` is none. near: largest difference of a number that counts as met. because: why it came out so.
+    guess: `...` is none. measured: a set where several tie, any of which is met. near: largest difference of a number
+    that counts as met. because: why it came out so.
 
     >>> check_prediction("middle", "early", because="the style is read at once")
     You said 'middle', measured was 'early': the style is read at once
     >>> check_prediction(0.5, 0.523, near=0.1)
     As you said: 0.523
+    >>> check_prediction("star", {"star", "oracle"})
+    As you said: 'oracle' or 'star'
     """
-    shown = f"{measured:.3g}" if isinstance(measured, float) else repr(measured)
+    shown = _shown(measured)
     reason = f": {because}" if because else ""
     if guess is ...:
         return Checked(None, f"No prediction made; measured was {shown}{reason}")
     if _fits(guess, measured, near)[0]:
         return Checked(True, f"As you said: {shown}{reason}")
     return Checked(False, f"You said {guess!r}, measured was {shown}{reason}")
+
+
+def _shown(measured: Any) -> str:
+    if isinstance(measured, set | frozenset):
+        return " or ".join(sorted(_shown(one) for one in measured)) or "none"
+    return f"{measured:.3g}" if isinstance(measured, float) else repr(measured)
 
 
 def _fits(answer: Any, expected: Any, near: float) -> tuple[bool, str]:

@@ -4,8 +4,9 @@ The source marks its cells by tags. `exercise`: a code cell that leaves blanks a
 `**Exercise 3.1**`; `solution`: fills each blank that is still blank (`if answer_3_1 is ...:`); `check`: asks
 `wb.check`; `predict`: a blank before a result, which a later `check` cell puts beside what was measured;
 `teacher`: a folded markdown note with the section's minutes and common mistakes. The student's version lacks
-solutions and notes, the teacher's shows them. Nothing is graded or collected: nbgrader does that, and brings a server
-and a database, which is more than a class that keeps its answers needs.
+solutions and notes, the teacher's shows them. A section (`## ...`) asks for a prediction and has two to four exercises;
+those called setup, recap or keep it ask nothing (`outline.Section.asks`). Nothing is graded or collected: nbgrader does
+that, and brings a server and a database, which is more than a class that keeps its answers needs.
 """
 
 import ast
@@ -15,18 +16,24 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from workbench.files import write_atomic
+from workbench.teaching.outline import MINUTES, Book, Cell, Section, sections, source_of, tags_of, timetable
 
-__all__ = ["EditionError", "build_class", "exercises", "faults", "student_version", "teacher_version"]
+__all__ = [
+    "EditionError",
+    "Section",
+    "build_class",
+    "exercises",
+    "faults",
+    "sections",
+    "student_version",
+    "teacher_version",
+]
 
-Book = dict[str, Any]
-Cell = dict[str, Any]
 COMMAND = "make class"
 KINDS = ("exercise", "solution", "check", "predict", "teacher")
 NUMBER = re.compile(r"\*\*Exercise ([0-9A-Za-z.]+)\*\*")
-MINUTES = re.compile(r"(\d+)\s+minutes?\b")
 LEFT_BY_RUNS = ("execution", "papermill", "collapsed", "ExecuteTime")
 
 
@@ -74,9 +81,9 @@ def read_book(path: Path) -> Book:
 def student_version(book: Book, origin: str = "") -> Book:
     """The notebook without solutions and teacher's notes; the source of checks, which tells answers, is folded."""
     made = _stripped(book)
-    made["cells"] = [cell for cell in made["cells"] if not {"solution", "teacher"} & _tags(cell)]
+    made["cells"] = [cell for cell in made["cells"] if not {"solution", "teacher"} & tags_of(cell)]
     for cell in made["cells"]:
-        if "check" in _tags(cell):
+        if "check" in tags_of(cell):
             cell["metadata"]["jupyter"] = {**cell["metadata"].get("jupyter", {}), "source_hidden": True}
     return _signed(made, "student", origin)
 
@@ -86,34 +93,13 @@ def teacher_version(book: Book, origin: str = "") -> Book:
     made = _stripped(book)
     table = timetable(made)
     for cell in made["cells"]:
-        if "solution" in _tags(cell):
+        if "solution" in tags_of(cell):
             cell["metadata"].get("jupyter", {}).pop("source_hidden", None)
-        if "teacher" in _tags(cell):
-            cell["source"] = _lines(_source(cell).replace("<details>", "<details open>", 1))
+        if "teacher" in tags_of(cell):
+            cell["source"] = _lines(source_of(cell).replace("<details>", "<details open>", 1))
     note = {"cell_type": "markdown", "id": "class-timetable", "metadata": {"tags": ["teacher"]}}
     made["cells"].insert(1, note | {"source": _lines(table)})
     return _signed(made, "teacher", origin)
-
-
-def timetable(book: Book) -> str:
-    """A markdown table of a notebook's sections: minutes from the teacher's notes, predictions and exercises."""
-    rows: list[dict[str, Any]] = []
-    for cell in book["cells"]:
-        source, tags = _source(cell), _tags(cell)
-        if cell["cell_type"] == "markdown" and (heading := re.search(r"^## (.+)$", source, re.MULTILINE)):
-            rows.append({"title": heading[1].strip(), "minutes": 0, "predict": 0, "exercise": 0})
-        elif not rows:
-            continue
-        if "teacher" in tags and (minutes := MINUTES.search(source)):
-            rows[-1]["minutes"] += int(minutes[1])
-        for kind in ("predict", "exercise"):
-            rows[-1][kind] += kind in tags
-    lines = ["**For the teacher: sections and minutes**", "", "| section | minutes | predictions | exercises |"]
-    lines += ["|---|---|---|---|"]
-    lines += [f"| {r['title']} | {r['minutes'] or ''} | {r['predict'] or ''} | {r['exercise'] or ''} |" for r in rows]
-    total = sum(row["minutes"] for row in rows)
-    lines += [f"| **all** | **{total}** | | |", "", "Your notes stand open at the end of each section."]
-    return "\n".join(lines)
 
 
 def exercises(book: Book) -> dict[str, list[str]]:
@@ -150,8 +136,8 @@ class _Seen:
 
     def look(self, cell: Cell) -> None:
         """Take one cell in, and note what is wrong with it."""
-        kinds = [kind for kind in KINDS if kind in _tags(cell)]
-        source = _source(cell)
+        kinds = [kind for kind in KINDS if kind in tags_of(cell)]
+        source = source_of(cell)
         if len(kinds) > 1:
             self.said.append(f"a cell is tagged {' and '.join(kinds)}; give each its own cell.")
         elif cell["cell_type"] == "markdown":
@@ -237,15 +223,6 @@ class _Seen:
         ]
 
 
-def _tags(cell: Cell) -> set[str]:
-    return set(cell.get("metadata", {}).get("tags", []))
-
-
-def _source(cell: Cell) -> str:
-    source = cell["source"]
-    return source if isinstance(source, str) else "".join(source)
-
-
 def _lines(source: str) -> list[str]:
     return source.splitlines(keepends=True)
 
@@ -315,6 +292,6 @@ def _signed(book: Book, kind: str, origin: str) -> Book:
     """The line below the title that says which version this is and where it came from."""
     line = f"*The {kind}'s version{', ' + origin if origin else ''}. Change the source, not this file.*"
     first = book["cells"][0]
-    title, _, rest = _source(first).partition("\n")
+    title, _, rest = source_of(first).partition("\n")
     first["source"] = _lines(f"{title}\n\n{line}\n{rest}")
     return book

@@ -61,6 +61,12 @@ def test_conditions_on_one_point_share_a_marker() -> None:
     assert [trace.name for trace in apart.data] == [*(trace.name for trace in own.data), "twin"]
 
 
+def test_the_still_picture_of_near_costs_has_the_chosen_ticks_only() -> None:
+    near = TABLE.assign(gflops=[0.3, 0.4, 1.0, 2.0])
+    fig = plots.cost_front(near)
+    assert "mathdefault" not in figure_to_svg(fig)
+
+
 def test_a_condition_of_unknown_cost_is_named_and_not_drawn() -> None:
     foreign = pd.concat([TABLE, pd.DataFrame([{"condition": "theirs", "accuracy": 0.6, "n": 50, "gflops": np.nan}])])
     fig, own = plots.cost_front(foreign), plots.cost_front(TABLE)

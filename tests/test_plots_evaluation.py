@@ -51,6 +51,22 @@ def test_cost_front_joins_the_front_and_opens_the_beaten() -> None:
     assert "few-shot steps 0.70 [0.60, 0.78] at 2, beaten" in fig.layout.meta["alt"]
 
 
+def test_conditions_on_one_point_share_a_marker() -> None:
+    twin = TABLE.iloc[[1]].assign(condition="twin", gflops=TABLE.gflops.iloc[1] * 1.001)
+    fig, own = plots.cost_front(pd.concat([TABLE, twin])), plots.cost_front(TABLE)
+    assert len(fig.data) == len(own.data)
+    assert fig.data[2].name == f"{own.data[2].name}<br>twin"
+    assert "twin 0.70" in fig.layout.meta["alt"]
+    apart = plots.cost_front(pd.concat([TABLE, twin.assign(gflops=TABLE.gflops.iloc[1] * 1.2)]))
+    assert [trace.name for trace in apart.data] == [*(trace.name for trace in own.data), "twin"]
+
+
+def test_the_still_picture_of_near_costs_has_the_chosen_ticks_only() -> None:
+    near = TABLE.assign(gflops=[0.3, 0.4, 1.0, 2.0])
+    fig = plots.cost_front(near)
+    assert "mathdefault" not in figure_to_svg(fig)
+
+
 def test_a_condition_of_unknown_cost_is_named_and_not_drawn() -> None:
     foreign = pd.concat([TABLE, pd.DataFrame([{"condition": "theirs", "accuracy": 0.6, "n": 50, "gflops": np.nan}])])
     fig, own = plots.cost_front(foreign), plots.cost_front(TABLE)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -23,7 +26,7 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
     """Accuracy against a cost on a logarithmic axis, with the conditions that no other one beats joined by a line.
 
     Rows: `condition`, `accuracy`, `low`, `high` (or `n`) and the cost; those that are beaten are drawn open, those of
-    unknown cost (nan) are named in the title.
+    unknown cost (nan) are named in the title. Those that fall on one point share a marker and an entry of the legend.
     """
     given = rows_of(table, ("condition", "accuracy"))
     rows = rows_of([row for row in given if cost not in row or not is_missing(row[cost])], (cost,))
@@ -36,7 +39,15 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
         x=[place for place, _ in steps], y=[level for _, level in steps], mode="lines",
         line={"color": INK, "width": 1.5, "dash": "dot"}, name="not beaten", hoverinfo="skip",
     )  # fmt: skip
+    spots: dict[tuple[Any, ...], list[tuple[Any, bool]]] = defaultdict(list)
     for row, kept in zip(rows, front, strict=True):
+        spots[row["accuracy"], row.get("n"), f"{row[cost]:.2g}"].append((row, kept))
+        beaten = "" if kept else ", beaten"
+        words.append(
+            f"{row['condition']} {row['accuracy']:.2f} {in_brackets(row, 'accuracy')} at {row[cost]:.3g}{beaten}"
+        )
+    for spot in spots.values():
+        row, kept = next((each for each in spot if each[1]), spot[0])
         name = str(row["condition"])
         fig.add_scatter(
             x=[row[cost]],
@@ -44,10 +55,8 @@ def cost_front(table: Table, cost: str = "gflops") -> go.Figure:
             error_y=error_bars([row], "accuracy", thickness=2) | {"color": colour(name)},
             mode="markers",
             marker={"color": colour(name), "symbol": symbol(name) + ("" if kept else "-open"), "size": 13},
-            name=name,
+            name="<br>".join(str(one["condition"]) for one, _ in spot),
         )
-        beaten = "" if kept else ", beaten"
-        words.append(f"{name} {row['accuracy']:.2f} {in_brackets(row, 'accuracy')} at {row[cost]:.3g}{beaten}")
     fig.update_yaxes(range=[-0.03, 1.05], tickformat=".0%")
     log_axis(fig, [row[cost] for row in rows])
     unknown = [str(row["condition"]) for row in given if is_missing(row[cost])]

@@ -216,7 +216,7 @@ def _points(fig: go.Figure) -> list[dict[str, Any]]:
     """The drawn values of a figure as rows, in the place of hover."""
     rows: list[dict[str, Any]] = []
     for number, trace in enumerate(decoded(fig.to_dict())["data"]):
-        label = trace.get("name") or f"series {number + 1}"
+        label = (trace.get("name") or f"series {number + 1}").replace("<br>", ", ")
         axis = (
             "x" if (trace.get("error_x") or {}).get("array") and not (trace.get("error_y") or {}).get("array") else "y"
         )

@@ -151,6 +151,7 @@ def _draw_axis(axes: Axes, layout: Spec, letter: str, names: list[str]) -> None:
         limit(-0.6, len(names) - 0.4)
     if spec.get("tickvals"):
         axis.set_ticks(spec["tickvals"], [plain(t) for t in spec.get("ticktext", spec["tickvals"])])
+        axis.set_ticks([], minor=True)  # else a logarithmic axis writes labels of its own between them
         if spec.get("tickangle"):  # clockwise there, counter-clockwise here
             axis.set_tick_params(rotation=-spec["tickangle"], labelsize=nested(spec, "tickfont", "size") or 14)
     elif spec.get("dtick"):

@@ -3,8 +3,8 @@
 Parts, on the lab model (or `--model`): generation, a grid of strengths and layers, evaluation of several conditions,
 extraction beside other libraries (installed by `make outside`), what steering costs a token, GSM8K through all data
 steps, how near predictions before a fine-tune come, scores by likelihood beside
-lm-evaluation-harness (where it is installed); and, on a GPU, steered decoding with a static cache and training
-steps on models of real shapes.
+lm-evaluation-harness (where it is installed); what a person at the playground waits for, in a browser; and, on a GPU,
+steered decoding with a static cache and training steps on models of real shapes.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import torch
 import transformers
 
 import workbench as wb
-from bench import extraction, finetuning, generation, likelihood, static, steering, synthesis, training
+from bench import extraction, finetuning, generation, likelihood, playground, static, steering, synthesis, training
 from workbench.report.tables import format_table
 
 Lines = list[dict[str, Any]]
 PARTS = (
     "generation", "grid", "evaluation", "extraction", "steering", "synthesis", "finetuning", "likelihood", "static",
-    "training",
+    "training", "playground",
 )  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def main(arguments: Iterable[str] | None = None) -> None:
         "finetuning": lambda: finetuning.lines(task),
         "likelihood": lambda: likelihood.lines(lm, repeats),
         "static": lambda: static.lines(lm.tokenizer),
+        "playground": playground.lines,
         "training": lambda: training.lines(lm.tokenizer),  # more models and settings: python -m bench.training
     }
     for name in PARTS:

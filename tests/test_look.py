@@ -50,8 +50,8 @@ def lab_of(value: tuple[float, float, float], matrix: Any = ((1, 0, 0), (0, 1, 0
 
 FIGURES: dict[str, Callable[[list[str]], go.Figure]] = {
     "accuracy_tokens": lambda names: plots.accuracy_tokens([{**TABLE[0], "condition": name} for name in names]),
-    "cost_front": lambda names: plots.cost_front(
-        [{**TABLE[0], "condition": name, "gflops": 1.0 + len(name)} for name in names]
+    "cost_front": lambda names: plots.cost_front(  # conditions on one point share a marker
+        [{**TABLE[0], "condition": name, "gflops": 1.0 + sum(map(ord, name))} for name in names]
     ),
     "forest": lambda names: plots.forest(
         [{"a": "base", "b": name, "difference": 0.1, "low": 0.0, "high": 0.2} for name in names]
@@ -113,7 +113,7 @@ def test_well_known_conditions_are_told_apart_by_colour_blind_readers() -> None:
     for kind, matrix in {"none": np.eye(3), **BLINDNESS}.items():
         for one, other in combinations(looks, 2):
             distance = np.linalg.norm(lab_of(looks[one], matrix) - lab_of(looks[other], matrix))
-            assert distance > 9, (kind, one, other, distance)  # the nearest: tuned and random, 9.6 (deuteranopia)
+            assert distance > 15, (kind, one, other, distance)
 
 
 def test_other_names_differ_from_each_other_and_from_the_well_known_ones() -> None:

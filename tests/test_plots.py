@@ -197,7 +197,7 @@ def test_trace_strip_darkens_where_it_acted():
         f"<b>{name}</b>: the {part}" for name in ("plain", "random") for part in ("prompt", "answer")
     ]
     marked = {text: fill for (_, text), fill in notes.items() if fill and fill.startswith("rgba")}
-    assert marked == {"↵": "rgba(140, 140, 140, 0.55)", "4": "rgba(140, 140, 140, 0.35)"}
+    assert marked == {"↵": "rgba(102, 102, 102, 0.55)", "4": "rgba(102, 102, 102, 0.35)"}
     assert "random: acted at 1 prompt and 1 answer tokens" in fig.layout.meta["alt"]
     assert "plain: acted at 0 prompt and 0 answer tokens" in fig.layout.meta["alt"]
     assert [trace.name for trace in fig.data] == ["random acted here", "untouched"]

@@ -23,7 +23,7 @@ RESERVED = {
     "residual-steered": ("#0072B2", "triangle-up"),
     "KV-steered": ("#CC79A7", "triangle-down"),
     "tuned + steered": ("#D55E00", "star"),
-    "random": ("#8C8C8C", "x"),
+    "random": ("#666666", "x"),
 }
 ALIASES = {
     "base": "plain",

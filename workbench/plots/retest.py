@@ -24,7 +24,7 @@ LOOKS = {
     arms.VALUES: ("#CC79A7", "triangle-down"),
     arms.KEYS: ("#882255", "triangle-right"),
     arms.AS_CACHED: ("#D55E00", "diamond"),
-    **dict.fromkeys(arms.FLOORS, ("#8C8C8C", "x")),
+    **dict.fromkeys(arms.FLOORS, ("#666666", "x")),
 }
 
 

@@ -23,6 +23,9 @@ WITH_EXERCISES = (
     "01_synthesize_data",
     "02_finetune_qlora",
     "03_steering_vectors",
+    "05_evaluate",
+    "06_compare_runs",
+    "07_live_demo",
 )
 RUN_HERE = WITH_EXERCISES[:3]  # the others take minutes even with few questions; test_notebooks.py runs their sources
 SECRET = "# the mean of the two, as a teacher would write it"

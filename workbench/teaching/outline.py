@@ -14,12 +14,13 @@ ASK_NOTHING = ("setup", "recap", "keep it")  # headings, without their number
 
 @dataclass(frozen=True)
 class Section:
-    """What lies below one heading: minutes by the teacher's notes, and how many cells ask for something."""
+    """What lies below one heading: minutes by the teacher's notes, how many cells ask for something, and its parts."""
 
     title: str
     minutes: int = 0
     predictions: int = 0
     exercises: int = 0
+    parts: int = 0  # headings of the next level
 
     @property
     def asks(self) -> bool:
@@ -58,6 +59,7 @@ def sections(book: Book) -> list[Section]:
             minutes=last.minutes + (int(minutes[1]) if minutes else 0),
             predictions=last.predictions + ("predict" in tags),
             exercises=last.exercises + ("exercise" in tags),
+            parts=last.parts + (cell["cell_type"] == "markdown" and len(re.findall("^### ", source, re.MULTILINE))),
         )
     return found
 

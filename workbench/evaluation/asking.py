@@ -20,6 +20,7 @@ from workbench.divergence import PlainAnswers, TokenScores
 from workbench.evaluation.cost import Cost, companions
 from workbench.generate import Generation
 from workbench.interventions import Intervention, inherit
+from workbench.interventions.session import ACTIVE
 from workbench.likelihood.scoring import loglikelihoods
 from workbench.models import LM
 from workbench.prompts import Message, Strategy
@@ -193,7 +194,8 @@ class Ask:
 
 def _beside(lm: LM, change: Intervention | None) -> list[LM]:
     """Models that are asked at every token, by the change or by a block of `lm.apply` around."""
-    return list({id(model): model for row in inherit(lm, [change]) for model in companions(row)}.values())
+    rows = inherit(lm, [change]) if isinstance(lm, LM) and lm.model in ACTIVE else [change]
+    return list({id(model): model for row in rows for model in companions(row)}.values())
 
 
 def begun(lm: LM, prompt: str, words: str) -> str:

@@ -19,7 +19,7 @@ from workbench.likelihood.requests import encode_requests
 
 BATCHES = (16, 64)  # of the harness's model; the better one counts
 SHOTS, STRENGTHS = 5, 16
-GSM8K_SHOTS = 5  # as the harness's own GSM8K has
+GSM8K_SHOTS = 5  # as many as the harness's own GSM8K has, the same for all questions (there gsm8k_cot's are)
 NEAR = 1e-3  # nats; float32 sums over a hundred tokens in other orders
 Requests = list[tuple[str, str]]
 

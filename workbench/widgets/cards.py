@@ -1,8 +1,9 @@
-"""Pieces of HTML that the panels share: text in a frame that follows the light or dark theme of the page around it.
+"""What the panels share: text in a frame that follows the light or dark theme of the page, and keys that act.
 
 JupyterLab's colours are CSS variables; a page without them gets readable ones. Nothing here runs or loads anything.
 """
 
+from collections.abc import Callable, Mapping
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -42,3 +43,16 @@ def html(text: str) -> Any:
     from IPython.display import HTML
 
     return HTML(text)
+
+
+def on_keys(box: Any, keys: Mapping[str, str], act: Callable[[str], None]) -> None:
+    """Call `act` with what a key stands for, for each one typed into a text box, and empty the box."""
+
+    def typed(change: dict[str, Any]) -> None:
+        for key in change["new"].lower():
+            if key in keys:
+                act(keys[key])
+        if change["new"]:
+            box.value = ""
+
+    box.observe(typed, names="value")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from workbench.judging.votes import Ballot, open_ballot
 from workbench.results import Results
-from workbench.widgets.cards import EDGE, INK, html
+from workbench.widgets.cards import EDGE, INK, html, on_keys
 
 if TYPE_CHECKING:
     from workbench.tasks import Task
@@ -36,7 +36,7 @@ class Rating:
         for choice, button in self.buttons.items():
             button.on_click(lambda _, choice=choice: self.choose(choice))
         self.keys = ipywidgets.Text(placeholder="click here, then press 1 2 3 4 u", continuous_update=True)
-        self.keys.observe(self._typed, names="value")
+        on_keys(self.keys, KEYS, self.choose)
         self.panel = ipywidgets.VBox([self.progress, self.screen, ipywidgets.HBox([*self.buttons.values()]), self.keys])
         self._twin: Any = None
         self.refresh()
@@ -58,13 +58,6 @@ class Rating:
             button.disabled = done == 0 if choice == "undo" else showing is None
         if self._twin is not None:
             self._twin.update(html(twin_html(self.ballot)))
-
-    def _typed(self, change: dict[str, Any]) -> None:
-        for key in change["new"].lower():
-            if key in KEYS:
-                self.choose(KEYS[key])
-        if change["new"]:
-            self.keys.value = ""
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

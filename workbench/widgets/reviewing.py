@@ -10,7 +10,7 @@ from typing import Any
 
 from workbench.synthesis.records import Data, Record
 from workbench.synthesis.reviewing import Review, answer_of, open_review
-from workbench.widgets.cards import html, prose
+from workbench.widgets.cards import html, on_keys, prose
 
 KEYS = {"k": "keep", "r": "reject", "e": "edit", "s": "skip", "u": "undo"}
 LABELS = {"keep": "k  keep", "reject": "r  reject", "edit": "e  edit", "skip": "s  skip", "undo": "u  undo"}
@@ -37,7 +37,7 @@ class Reviewing:
         for choice, button in self.buttons.items():
             button.on_click(lambda _, choice=choice: self.choose(choice))
         self.keys = ipywidgets.Text(placeholder="click here, then press k r e s u", continuous_update=True)
-        self.keys.observe(self._typed, names="value")
+        on_keys(self.keys, KEYS, self.choose)
         self.why = ipywidgets.Text(placeholder="why (optional)", layout=wide)
         self.editor = ipywidgets.Textarea(layout=ipywidgets.Layout(width="100%", height="12em"))
         self.save = ipywidgets.Button(description="save the edit", button_style="info")
@@ -82,13 +82,6 @@ class Reviewing:
             return
         self.why.value = ""
         self.refresh()
-
-    def _typed(self, change: dict[str, Any]) -> None:
-        for key in change["new"].lower():
-            if key in KEYS:
-                self.choose(KEYS[key])
-        if change["new"]:
-            self.keys.value = ""
 
     def _ipython_display_(self) -> None:
         from IPython.display import display
